@@ -1,0 +1,65 @@
+"""A sweep over many tensors, shared out to threads by elements, across tensor boundaries.
+
+A tensor without a gradient takes no part. A share begins and ends at a CHUNK of a tensor, and
+share k goes to thread k in every step, so that what a core has cached it meets again.
+"""
+from cython.parallel cimport prange
+
+from optcore.runtime cimport threads_for
+from optcore.sweep cimport CHUNK, Sweep, Tensor, sweep
+
+cdef struct Cut:
+    Py_ssize_t tensor
+    Py_ssize_t element
+
+
+cdef Cut cut_at(const Tensor *tensors, Py_ssize_t n, Py_ssize_t position) noexcept nogil:
+    """The CHUNK at a position in the concatenation of all tensors that take part."""
+    cdef Cut cut
+    cut.element = 0
+    for cut.tensor in range(n):
+        if tensors[cut.tensor].grads[0] == NULL:
+            continue
+        if position < tensors[cut.tensor].size:
+            cut.element = position - position % CHUNK
+            return cut
+        position -= tensors[cut.tensor].size
+    cut.tensor = n
+    return cut
+
+
+cdef void sweep_between(
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Cut begin, Cut end
+) noexcept nogil:
+    cdef const Tensor *t
+    cdef Py_ssize_t stop
+    while begin.tensor < n and begin.tensor <= end.tensor:
+        t = &tensors[begin.tensor]
+        stop = end.element if begin.tensor == end.tensor else t.size
+        if t.grads[0] != NULL and begin.element < stop:
+            sweep(what, t, begin.element, stop)
+        begin.tensor += 1
+        begin.element = 0
+
+
+cdef void sweep_share(
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, int share, int shares
+) noexcept nogil:
+    cdef Py_ssize_t size = n_elements // shares
+    cdef Cut begin = cut_at(tensors, n, size * share)
+    cdef Cut end = cut_at(tensors, n, size * (share + 1) if share + 1 < shares else n_elements)
+    sweep_between(what, tensors, n, begin, end)
+
+
+cdef void sweep_all(
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements
+) noexcept nogil:
+    """Sweep over `n` tensors whose sizes, where they have a gradient, sum to `n_elements`."""
+    cdef int shares = threads_for(n_elements)
+    cdef int share
+    if shares == 1:
+        sweep_share(what, tensors, n, n_elements, 0, 1)
+        return
+    # As many iterations as threads asked for: should fewer come, they take more than one.
+    for share in prange(shares, schedule="static", chunksize=1, num_threads=shares):
+        sweep_share(what, tensors, n, n_elements, share, shares)

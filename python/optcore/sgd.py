@@ -1,0 +1,430 @@
+"""The optimizer: groups, structure and state around the compiled plan."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from optcore.plan import GROUP_KEYS, GROUP_OPTIONS, Plan
+
+STATE_VERSION = 1
+
+Schedule = Callable[[int], float]
+
+
+def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, ...] | None]:
+    """Return the arrays of one group and, from a mapping, their names."""
+    if isinstance(params, Mapping):
+        return tuple(params.values()), tuple(params)
+    if isinstance(params, np.ndarray):
+        return (params,), None
+    if isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
+        return tuple(params), None
+    if hasattr(params, "__next__"):  # a generator, as model.parameters() often is
+        return tuple(params), None
+    raise TypeError(
+        f"{what} must be an array, a sequence or a mapping of arrays, or a list of group "
+        f"dictionaries, got {type(params).__name__}"
+    )
+
+
+def _is_groups(params: Any) -> bool:
+    return isinstance(params, (list, tuple)) and any(isinstance(p, Mapping) for p in params)
+
+
+class SGD(Plan):
+    """SGD, SGD with momentum, or Nesterov momentum, over a whole model in place.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or list of group dictionaries
+        float32 or float64 arrays of any shape, C- or Fortran-contiguous, updated in place.
+        A group dictionary holds ``"params"`` and any of the options below that bear a star,
+        as PyTorch's do.
+    lr : float >= 0, or callable
+        Learning rate α*. A callable is given the count of steps taken so far.
+    momentum : float in [0, 1), default 0
+        ρ*. 0 is plain SGD, without a velocity.
+    dampening : float in [0, 1), default 0
+        τ*: ``v = momentum * v + (1 - dampening) * d``, undampened on a parameter's first step.
+    weight_decay : float >= 0, default 0
+        λ*: added to the gradient as λ·param.
+    nesterov : bool, default False
+        Nesterov momentum*; needs ``momentum > 0`` and no dampening.
+    maximize : bool, default False
+        Follow the gradient upwards*.
+    decoupled_weight_decay : bool, default False
+        Multiply the parameter by (1 - lr * weight_decay) instead*.
+    lr_in_velocity : bool, default False
+        The velocity convention*. False: ``v = ρ·v + d; x = x - α·v`` (PyTorch, optax). True:
+        ``v = ρ·v - α·d; x = x + v`` (Keras, scikit-learn).
+    clip_value : float >= 0, optional
+        Clip every element of the scaled gradient to [-clip_value, clip_value]*.
+    max_norm : float >= 0, optional
+        Clip by the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``.
+        Excludes `clip_value`.
+    skip_nonfinite : bool, default False
+        Skip a step whose gradients hold a NaN or an infinity.
+    track_grad_norm : bool, default False
+        Measure `grad_norm` also without `max_norm`.
+    ema_decay : float in [0, 1) or callable, optional
+        Keep an exponential moving average of the parameters,
+        ``e = ema_decay * e + (1 - ema_decay) * x`` after each step, starting from the
+        parameters as they are now; see `ema`. A callable is given the count of steps so far.
+    grads : in the structure of `params`, optional
+        Gradient arrays that stay in place; `step` then needs no argument, which is the
+        fastest way to step.
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        One dictionary a group; options may be edited between steps and are checked when they
+        change. ``"params"`` is a tuple and stays as it is.
+    step_count : int
+        Steps applied.
+    skipped : int
+        Steps skipped.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arrays and hyper-parameters that are not as they must be, naming them.
+
+    Notes
+    -----
+    The rules are those of CS231n (2017), lecture 7; PyTorch's documentation of
+    ``torch.optim.SGD`` gives dampening, weight decay and maximize.
+
+    With groups, gradients are given as one flat sequence over all groups in their order, or as
+    one mapping where every group names its parameters.
+
+    Examples
+    --------
+    >>> import numpy as np, optcore
+    >>> params = {"w": np.ones((2, 2), np.float32), "b": np.zeros(2, np.float32)}
+    >>> opt = optcore.SGD(params, lr=0.5, momentum=0.9)
+    >>> opt.step({"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)})
+    True
+    >>> params["b"]
+    array([-0.5, -0.5], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Schedule | None = None,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        lr_in_velocity: bool = False,
+        clip_value: float | None = None,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
+        ema_decay: float | Schedule | None = None,
+        grads: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "lr_in_velocity": lr_in_velocity,
+            "clip_value": clip_value,
+        }
+        grouped = _is_groups(params)
+        groups = []
+        for i, given in enumerate(params if grouped else [{"params": params}]):
+            what = f"param_groups[{i}]['params']" if grouped else "params"
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"params[{i}] must be a group dictionary as its neighbours are, "
+                    f"got {type(given).__name__}"
+                )
+            if "params" not in given:
+                raise ValueError(f"params[{i}] must have a key 'params', got {list(given)!r}")
+            arrays, names = _named_arrays(given["params"], what)
+            if names is None and given.get("param_names") is not None:
+                names = tuple(given["param_names"])
+                if len(names) != len(arrays):
+                    raise ValueError(
+                        f"param_groups[{i}]['param_names'] must name {len(arrays)} parameters, "
+                        f"got {len(names)}"
+                    )
+            group = {**defaults, **given, "params": arrays, "param_names": names}
+            if group["lr"] is None:
+                raise TypeError(
+                    f"lr must be given{f' for param_groups[{i}]' if grouped else ''}, got None"
+                )
+            groups.append(group)
+        names = [name for group in groups for name in group["param_names"] or ()]
+        if len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1}, key=repr)
+            raise ValueError(f"params must have names of their own, got {twice!r} twice")
+        self._structure = (
+            "array" if isinstance(params, np.ndarray)
+            else "mapping" if groups and all(
+                isinstance(g["params"], Mapping) for g in (params if grouped else [{"params": params}])
+            )
+            else "sequence"
+        )
+        self._build(
+            groups, single=self._structure == "array", by_name=self._structure == "mapping"
+        )
+        self._set_sweep_options(max_norm, skip_nonfinite, track_grad_norm, ema_decay)
+        if grads is not None:
+            self._bind(grads)
+
+    def __repr__(self) -> str:
+        """Return the options of every group, and how many parameters it holds."""
+        lines = []
+        for i, group in enumerate(self.param_groups):
+            size = sum(array.size for array in group["params"])
+            options = ", ".join(f"{key}={group[key]!r}" for key in ("lr", *GROUP_OPTIONS))
+            lines.append(
+                f"  group {i}: {len(group['params'])} arrays, {size} elements, {options}"
+            )
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
+    @property
+    def ema(self) -> Any:
+        """The averages, in the structure of `params`; None where none are kept.
+
+        Live arrays, updated by every step: copy what must stay. Flat where `params` is a list
+        of groups.
+        """
+        averages = [average for _, average, _ in self._state]
+        if averages[0] is None:
+            return None
+        if self._structure == "array":
+            return averages[0]
+        if self._structure == "mapping":
+            return dict(zip(self._names, averages, strict=True))
+        return averages
+
+    @property
+    def _names(self) -> list[Any]:
+        return [name for group in self.param_groups
+                for name in group["param_names"] or (None,) * len(group["params"])]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a later run needs to go on with the same bits.
+
+        Returns
+        -------
+        dict
+            ``"state"`` maps each parameter's index to its ``"velocity"`` (a copy, or None), its
+            ``"ema"`` (a copy, or None) and ``"first_step"``. ``"param_groups"`` holds each
+            group's options, with indices for ``"params"``; a callable lr is None. Then
+            ``"step_count"``, ``"skipped"`` and ``"version"``. Plain arrays and numbers
+            throughout; the parameters themselves are the caller's to save.
+        """
+        state = {
+            i: {
+                "velocity": None if velocity is None else velocity.copy(order="K"),
+                "ema": None if average is None else average.copy(order="K"),
+                "first_step": first_step,
+            }
+            for i, (velocity, average, first_step) in enumerate(self._state)
+        }
+        groups = []
+        at = 0
+        for group in self.param_groups:
+            n = len(group["params"])
+            names = group["param_names"]
+            saved = {key: value for key, value in group.items()}
+            saved["params"] = list(range(at, at + n))
+            saved["param_names"] = None if names is None else list(names)
+            if callable(group["lr"]):
+                saved["lr"] = None
+            groups.append(saved)
+            at += n
+        return {
+            "version": STATE_VERSION,
+            "step_count": self.step_count,
+            "skipped": self.skipped,
+            "param_groups": groups,
+            "state": state,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned.
+
+        Options in the state replace those of the groups, but for two: where the state was
+        saved with a callable lr, this optimizer's own callable stays; and `lr_in_velocity`
+        stays as this optimizer was built, velocities of the other convention being converted
+        by the factor -lr (v_right = -α·v_left), rounded once.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            Arrays are copied, and must have the dtype and shape of their parameters.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            For a state that does not fit, saying where; for a conversion with lr = 0, or one
+            that would overflow. Nothing has changed then.
+        """
+        _State(self, state_dict).apply()
+
+
+class _State:
+    """A state read and checked whole, before anything is taken over."""
+
+    def __init__(self, opt: SGD, state_dict: Mapping[str, Any]) -> None:
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+        for key in ("version", "step_count", "skipped", "param_groups", "state"):
+            if key not in state_dict:
+                raise KeyError(f"state_dict must have a key {key!r}, got {list(state_dict)!r}")
+        if state_dict["version"] != STATE_VERSION:
+            raise ValueError(
+                f"state_dict['version'] must be {STATE_VERSION}, got {state_dict['version']!r}"
+            )
+        self.opt = opt
+        self.counts = [_count(state_dict, key) for key in ("step_count", "skipped")]
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(opt.param_groups):
+            raise ValueError(
+                f"state_dict['param_groups'] must hold {len(opt.param_groups)} groups, "
+                f"got {len(saved_groups)}"
+            )
+        self.groups: list[dict[str, Any]] = []
+        self.velocities: list[np.ndarray | None] = []
+        self.averages: list[np.ndarray | None] = []
+        self.first_steps: list[bool] = []
+        for g, (group, saved) in enumerate(zip(opt.param_groups, saved_groups, strict=True)):
+            self._read_group(f"state_dict['param_groups'][{g}]", group, saved)
+            factor = self._conversion(f"state_dict['param_groups'][{g}]", group, saved)
+            for param in group["params"]:
+                self._read_param(state_dict["state"], param, factor)
+        unknown = set(state_dict["state"]) - set(range(len(self.velocities)))
+        if unknown:
+            raise ValueError(
+                f"state_dict['state'] must hold {len(self.velocities)} parameters, "
+                f"got unknown {sorted(unknown, key=repr)!r}"
+            )
+
+    def _read_group(self, where: str, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        missing = [key for key in GROUP_KEYS if key not in saved]
+        if missing:
+            raise KeyError(f"{where} must have all options, got none named {missing!r}")
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"{where} must hold {len(group['params'])} parameters, "
+                f"got {len(saved['params'])}"
+            )
+        names = saved["param_names"]
+        if names is not None and group["param_names"] is not None and (
+            tuple(names) != group["param_names"]
+        ):
+            raise ValueError(
+                f"{where}['param_names'] must be {list(group['param_names'])!r}, "
+                f"got {list(names)!r}"
+            )
+        if saved["lr"] is None and not callable(group["lr"]):
+            raise ValueError(
+                f"{where} was saved with a callable lr: build the optimizer with one, "
+                f"got lr={group['lr']!r}"
+            )
+        kept = {key: group[key] for key in ("params", "param_names", "lr_in_velocity")}
+        if saved["lr"] is None:
+            kept["lr"] = group["lr"]
+        self.groups.append({**saved, **kept})
+
+    def _conversion(
+        self, where: str, group: dict[str, Any], saved: Mapping[str, Any]
+    ) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Return how to turn the saved velocities into this optimizer's convention, if need be."""
+        if bool(saved["lr_in_velocity"]) == bool(group["lr_in_velocity"]):
+            return None
+        lr = self.groups[-1]["lr"]
+        if callable(lr):
+            lr = lr(self.counts[0])
+        if lr == 0:
+            raise ValueError(
+                f"{where} has lr_in_velocity={saved['lr_in_velocity']!r} and lr=0: its velocities "
+                f"cannot be converted to lr_in_velocity={group['lr_in_velocity']!r}, which takes "
+                "a factor of -lr"
+            )
+        to_right = bool(group["lr_in_velocity"])
+
+        def convert(velocity: np.ndarray) -> np.ndarray:
+            factor = velocity.dtype.type(-lr)
+            with np.errstate(all="ignore"):
+                converted = velocity * factor if to_right else velocity / factor
+            if not np.array_equal(np.isfinite(converted), np.isfinite(velocity)):
+                raise ValueError(
+                    f"{where}: a velocity overflows when converted to "
+                    f"lr_in_velocity={to_right!r} with lr={lr!r}"
+                )
+            return converted
+
+        return convert
+
+    def _read_param(self, states: Mapping[Any, Any], param: np.ndarray, convert: Any) -> None:
+        i = len(self.velocities)
+        if i not in states:
+            raise KeyError(f"state_dict['state'] must hold parameter {i}, got none")
+        saved = states[i]
+        where = f"state_dict['state'][{i}]"
+        for key in ("velocity", "ema", "first_step"):
+            if key not in saved:
+                raise KeyError(f"{where} must have a key {key!r}, got {list(saved)!r}")
+        if not isinstance(saved["first_step"], (bool, np.bool_)):
+            raise TypeError(
+                f"{where}['first_step'] must be True or False, got {saved['first_step']!r}"
+            )
+        velocity = _array_like(saved["velocity"], param, f"{where}['velocity']")
+        average = _array_like(saved["ema"], param, f"{where}['ema']")
+        if (average is not None) != (self.opt.ema_decay is not None):
+            raise ValueError(
+                f"{where}['ema'] must be {'None' if average is not None else 'an array'}, "
+                f"got {'an array' if average is not None else 'None'}: build the optimizer "
+                f"{'with' if average is not None else 'without'} ema_decay"
+            )
+        if velocity is not None and convert is not None:
+            velocity = convert(velocity)
+        self.velocities.append(velocity)
+        self.averages.append(average)
+        self.first_steps.append(bool(saved["first_step"]))
+
+    def apply(self) -> None:
+        opt = self.opt
+        before = opt.param_groups
+        opt.param_groups = self.groups
+        try:
+            opt._reread_groups()
+        except BaseException:
+            opt.param_groups = before
+            raise
+        opt._restore(self.velocities, self.averages, self.first_steps, *self.counts)
+
+
+def _count(state_dict: Mapping[str, Any], key: str) -> int:
+    value = state_dict[key]
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise ValueError(f"state_dict[{key!r}] must be a whole number >= 0, got {value!r}")
+    return int(value)
+
+
+def _array_like(array: Any, param: np.ndarray, where: str) -> np.ndarray | None:
+    """Check a saved array against its parameter; float32 state stays float32, or is refused."""
+    if array is None:
+        return None
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{where} must be a NumPy array or None, got {type(array).__name__}")
+    if array.dtype != param.dtype:
+        raise TypeError(f"{where} has dtype {array.dtype}; its parameter has {param.dtype}")
+    if array.shape != param.shape:
+        raise ValueError(f"{where} has shape {array.shape}; its parameter has {param.shape}")
+    return array
