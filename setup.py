@@ -1,4 +1,4 @@
-"""Build the extensions: flags by compiler, OpenMP where there is one. The rest is pyproject.toml."""
+"""Build the extensions: flags by compiler, OpenMP where there is one."""
 import os
 import tempfile
 from pathlib import Path

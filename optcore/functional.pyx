@@ -20,7 +20,6 @@ from optcore.options cimport (
     number,
 )
 from optcore.parallel cimport GIL_HELD_BELOW, sweep_all
-from optcore.rules cimport Rule
 from optcore.sweep cimport STEP, Dtype, Scalars, Tensor, one_tensor
 
 import_array()

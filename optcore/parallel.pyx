@@ -5,7 +5,7 @@ share k goes to thread k in every step, so that what a core has cached it meets 
 """
 from cython.parallel cimport prange
 
-from optcore.runtime cimport threads_for
+from optcore.runtime cimport note_threads, own_time, threads_for, wall_time
 from optcore.sweep cimport CHUNK, Sweep, Tensor, sweep
 
 cdef struct Cut:
@@ -57,9 +57,16 @@ cdef void sweep_all(
     """Sweep over `n` tensors whose sizes, where they have a gradient, sum to `n_elements`."""
     cdef int shares = threads_for(n_elements)
     cdef int share
+    cdef double begin, own_begin
+    cdef double own[1]      # an array, for prange makes scalars private
     if shares == 1:
         sweep_share(what, tensors, n, n_elements, 0, 1)
         return
+    begin = wall_time()
+    own_begin = own_time()
     # As many iterations as threads asked for: should fewer come, they take more than one.
     for share in prange(shares, schedule="static", chunksize=1, num_threads=shares):
         sweep_share(what, tensors, n, n_elements, share, shares)
+        if share == 0:
+            own[0] = own_time() - own_begin
+    note_threads(shares, own[0], wall_time() - begin)

@@ -107,6 +107,7 @@ cdef class Plan:
     """The compiled part of `optcore.SGD`. Not for direct use."""
 
     cdef Tensor *_tensors
+    cdef Tensor *_sums          # bound gradients, as parameters that accumulate() steps
     cdef Slot *_slots
     cdef Group *_groups
     cdef Scalars *_scalars
@@ -133,6 +134,7 @@ cdef class Plan:
 
     def __dealloc__(self):
         free(self._tensors)
+        free(self._sums)
         free(self._slots)
         free(self._groups)
         free(self._scalars)
@@ -590,6 +592,7 @@ cdef class Plan:
         cdef Py_ssize_t i
         cdef tuple listed = self._listed(grads, "grads")
         self._take((listed,), (b"grads",), True)
+        self._sums = <Tensor *>allocate(self._n, sizeof(Tensor))
         for i in range(self._n):
             self._slots[i].bound = self._pointers[i]
         self._bound = listed
@@ -635,12 +638,12 @@ cdef class Plan:
         self._busy = True
         return 0
 
-    cdef int _sweep(self, Sweep what, Py_ssize_t n_elements) noexcept:
+    cdef int _sweep(self, Sweep what, const Tensor *tensors, Py_ssize_t n_elements) noexcept:
         if n_elements + self._n < GIL_HELD_BELOW:
-            sweep_all(what, self._tensors, self._n, n_elements)
+            sweep_all(what, tensors, self._n, n_elements)
         else:
             with nogil:
-                sweep_all(what, self._tensors, self._n, n_elements)
+                sweep_all(what, tensors, self._n, n_elements)
         return 0
 
     def step(self, grads=None, *, grad_scale=1.0, zero_grad=False):
@@ -736,12 +739,12 @@ cdef class Plan:
         ema_decay = self._current_ema_decay()
         if scale != 1:
             self._check_grad_scale(scale)
+        for i in range(self._n):
+            self._check_place(self._params, i, self._tensors[i].param, b"params")
         if sets:
             n_elements = self._take(sets, names, zeroing)
         else:
             n_elements = self._take_bound()
-        for i in range(self._n):
-            self._check_place(self._params, i, self._tensors[i].param, b"params")
         if not self._any_gradient():
             raise ValueError("grads must hold at least one array, got None for every parameter")
         if clips or self._track_grad_norm or self._skip_nonfinite:
@@ -757,7 +760,7 @@ cdef class Plan:
                 self._grad_norm = norm
             if self._skip_nonfinite and self._nonfinite:
                 if zeroing:
-                    self._sweep(ZERO, n_elements)
+                    self._sweep(ZERO, self._tensors, n_elements)
                 self.skipped += 1
                 return False
             if clips:
@@ -773,7 +776,7 @@ cdef class Plan:
             )
             if t.grads[0] != NULL and self._groups[slot.group].family != FAMILY_SGD:
                 slot.first_step = False
-        self._sweep(STEP, n_elements)
+        self._sweep(STEP, self._tensors, n_elements)
         self.step_count += 1
         return True
 
@@ -826,7 +829,7 @@ cdef class Plan:
         nonfinite[0] = 0
         for i in range(self._n):
             self._tensors[i].unit = unit
-        self._sweep(SQUARES, n_elements)
+        self._sweep(SQUARES, self._tensors, n_elements)
         for i in range(self._n):
             t = &self._tensors[i]
             if t.grads[0] == NULL:
@@ -877,7 +880,6 @@ cdef class Plan:
         """
         cdef Py_ssize_t i, n_elements
         cdef Scalars plus
-        cdef Tensor *sums
         cdef optcore_options o = default_options()
         self._begin()
         try:
@@ -896,15 +898,12 @@ cdef class Plan:
             # g + h is x - lr * d with x = g, d = h and lr = -1, to the last bit
             o.lr = -1
             plus = combine(&o)
-            sums = <Tensor *>allocate(self._n, sizeof(Tensor))
             for i in range(self._n):
-                sums[i] = one_tensor(
+                self._sums[i] = one_tensor(
                     <void *>self._slots[i].bound, self._tensors[i].grads, NULL,
                     self._tensors[i].size, self._tensors[i].dtype, SGD_RULE, &plus
                 )
-            with nogil:
-                sweep_all(STEP, sums, self._n, n_elements)
-            free(sums)
+            self._sweep(STEP, self._sums, n_elements)
         finally:
             self._busy = False
 

@@ -1,9 +1,9 @@
 """Fused, bit-reproducible SGD, momentum and Nesterov steps on NumPy arrays."""
+from optcore._config import show_config
 from optcore._version import __version__
 from optcore.functional import momentum_step, nesterov_step, sgd_step
 from optcore.runtime import get_num_threads, set_num_threads
 from optcore.sgd import SGD
-from optcore._config import show_config
 
 __all__ = [
     "SGD",

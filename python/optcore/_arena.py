@@ -1,6 +1,7 @@
 """Memory the optimizer owns: one zeroed arena for many arrays."""
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 
@@ -18,10 +19,8 @@ def _zeroed(n_bytes: int) -> tuple[np.ndarray, int]:
             -1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without huge pages
-                pass
         data = np.frombuffer(memory, dtype=np.uint8)
         return data, -data.ctypes.data % HUGE_PAGE
     data = np.zeros(n_bytes + LINE, dtype=np.uint8)

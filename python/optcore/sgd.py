@@ -29,8 +29,44 @@ def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, .
     )
 
 
-def _is_groups(params: Any) -> bool:
-    return isinstance(params, (list, tuple)) and any(isinstance(p, Mapping) for p in params)
+def _read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Return complete group dictionaries, and the structure in which gradients will come."""
+    if isinstance(params, (list, tuple)) and any(isinstance(p, Mapping) for p in params):
+        given, grouped = list(params), True
+    else:
+        given, grouped = [{"params": params}], False
+    groups = []
+    for i, options in enumerate(given):
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"params[{i}] must be a group dictionary as its neighbours are, "
+                f"got {type(options).__name__}"
+            )
+        if "params" not in options:
+            raise ValueError(f"params[{i}] must have a key 'params', got {list(options)!r}")
+        where = f"param_groups[{i}]['params']" if grouped else "params"
+        arrays, names = _named_arrays(options["params"], where)
+        if names is None and options.get("param_names") is not None:
+            names = tuple(options["param_names"])
+            if len(names) != len(arrays):
+                raise ValueError(
+                    f"param_groups[{i}]['param_names'] must name {len(arrays)} parameters, "
+                    f"got {len(names)}"
+                )
+        group = {**defaults, **options, "params": arrays, "param_names": names}
+        if group["lr"] is None:
+            where = f" for param_groups[{i}]" if grouped else ""
+            raise TypeError(f"lr must be given{where}, got None")
+        groups.append(group)
+    names = [name for group in groups for name in group["param_names"] or ()]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ValueError(f"params must have names of their own, got {twice!r} twice")
+    if all(isinstance(options["params"], Mapping) for options in given):
+        structure = "mapping"
+    else:
+        structure = "array" if isinstance(params, np.ndarray) else "sequence"
+    return groups, structure
 
 
 class SGD(Plan):
@@ -140,42 +176,7 @@ class SGD(Plan):
             "lr_in_velocity": lr_in_velocity,
             "clip_value": clip_value,
         }
-        grouped = _is_groups(params)
-        groups = []
-        for i, given in enumerate(params if grouped else [{"params": params}]):
-            what = f"param_groups[{i}]['params']" if grouped else "params"
-            if not isinstance(given, Mapping):
-                raise TypeError(
-                    f"params[{i}] must be a group dictionary as its neighbours are, "
-                    f"got {type(given).__name__}"
-                )
-            if "params" not in given:
-                raise ValueError(f"params[{i}] must have a key 'params', got {list(given)!r}")
-            arrays, names = _named_arrays(given["params"], what)
-            if names is None and given.get("param_names") is not None:
-                names = tuple(given["param_names"])
-                if len(names) != len(arrays):
-                    raise ValueError(
-                        f"param_groups[{i}]['param_names'] must name {len(arrays)} parameters, "
-                        f"got {len(names)}"
-                    )
-            group = {**defaults, **given, "params": arrays, "param_names": names}
-            if group["lr"] is None:
-                raise TypeError(
-                    f"lr must be given{f' for param_groups[{i}]' if grouped else ''}, got None"
-                )
-            groups.append(group)
-        names = [name for group in groups for name in group["param_names"] or ()]
-        if len(set(names)) != len(names):
-            twice = sorted({name for name in names if names.count(name) > 1}, key=repr)
-            raise ValueError(f"params must have names of their own, got {twice!r} twice")
-        self._structure = (
-            "array" if isinstance(params, np.ndarray)
-            else "mapping" if groups and all(
-                isinstance(g["params"], Mapping) for g in (params if grouped else [{"params": params}])
-            )
-            else "sequence"
-        )
+        groups, self._structure = _read_groups(params, defaults)
         self._build(
             groups, single=self._structure == "array", by_name=self._structure == "mapping"
         )
@@ -240,12 +241,12 @@ class SGD(Plan):
         for group in self.param_groups:
             n = len(group["params"])
             names = group["param_names"]
-            saved = {key: value for key, value in group.items()}
-            saved["params"] = list(range(at, at + n))
-            saved["param_names"] = None if names is None else list(names)
-            if callable(group["lr"]):
-                saved["lr"] = None
-            groups.append(saved)
+            groups.append({
+                **group,
+                "params": list(range(at, at + n)),
+                "param_names": None if names is None else list(names),
+                "lr": None if callable(group["lr"]) else group["lr"],
+            })
             at += n
         return {
             "version": STATE_VERSION,

@@ -1,0 +1,55 @@
+# Every target sets up what it needs, once: needs Python >= 3.10 and a C compiler.
+#
+#   make demo        train the digits network with both backends and compare
+#   make test        run the tests against the installed wheel
+#   make lint        ruff and cython-lint
+#   make bench       the engine's benchmarks and their report
+#   make wheel       build/dist/*.whl
+#   make clean       remove all that was built
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+SOURCES := pyproject.toml setup.py $(wildcard optcore/*.p* python/optcore/*.p*)
+VENVS := build/venv
+
+.PHONY: help demo test lint bench wheel clean
+.SECONDARY:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+demo: $(VENVS)/demo/.installed
+	$(VENVS)/demo/bin/python examples/digits.py
+
+test: $(VENVS)/test/.installed
+	$(VENVS)/test/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENVS)/lint/.installed
+	$(VENVS)/lint/bin/ruff check .
+	$(VENVS)/lint/bin/cython-lint optcore python/optcore
+
+bench: $(VENVS)/bench/.installed
+	$(VENVS)/bench/bin/python bench/run.py engine --out bench/results
+
+wheel: build/wheel.stamp
+
+# The sources are compiled once; every environment installs the same wheel.
+build/wheel.stamp: $(SOURCES) | $(VENVS)/base/.made
+	rm -rf build/dist
+	$(VENVS)/base/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/dist .
+	touch $@
+
+$(VENVS)/%/.installed: build/wheel.stamp $(VENVS)/%/.made
+	set -e; wheel=$$(ls build/dist/*.whl); \
+	$(VENVS)/$*/bin/python -m pip install --quiet "$$wheel[$*]"; \
+	$(VENVS)/$*/bin/python -m pip install --quiet --force-reinstall --no-deps "$$wheel"
+	touch $@
+
+$(VENVS)/%/.made:
+	$(PYTHON) -c "import sys; sys.exit('optcore needs Python >= 3.10' * (sys.version_info < (3, 10)))"
+	$(PYTHON) -m venv $(VENVS)/$*
+	touch $@
+
+clean:
+	rm -rf build

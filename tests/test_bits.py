@@ -1,0 +1,205 @@
+"""Every kernel against its reference, bit for bit, in every place an array can lie."""
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optcore.runtime import simd, simd_levels_available
+from reference import RULES, Options, same_bits
+
+LENGTHS = [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 65537]
+DTYPES = ["float32", "float64"]
+LINE = 64
+CANARY = 0xA5
+
+by_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+class Placed:
+    """One array at every offset within a cache line, canaries around it."""
+
+    def __init__(self, values, expected):
+        self.places = []
+        guard = 2 * LINE
+        for offset in range(0, LINE, values.itemsize):
+            memory = np.empty(values.nbytes + 3 * guard, np.uint8)
+            start = guard - memory.ctypes.data % LINE + offset
+            view = memory[start : start + values.nbytes].view(values.dtype)
+            images = []
+            for content in (values, expected):
+                memory[:] = CANARY
+                view[:] = content
+                images.append(memory.copy())
+            self.places.append((memory, view, *images))
+
+
+def plain_options(rule, **others):
+    return Options(lr=0.1, momentum=0.9 if rule.has_velocity else 0.0, **others)
+
+
+def all_options(rule):
+    """Every combination of the options that this rule has."""
+    decays = [(0.0, False), (0.01, False), (0.01, True)]
+    dampenings = [(0.0, False)]
+    if rule.has_dampening:
+        dampenings += [(0.25, False), (0.25, True)]
+    for (decay, decoupled), maximize, scale, clip, (dampening, first) in itertools.product(
+        decays, [False, True], [1.0, 0.3], [None, 0.5], dampenings
+    ):
+        yield plain_options(
+            rule,
+            weight_decay=decay,
+            decoupled_weight_decay=decoupled,
+            maximize=maximize,
+            grad_scale=scale,
+            clip_value=clip,
+            dampening=dampening,
+            first_step=first,
+        )
+
+
+def draw(rng, n, dtype):
+    return [rng.standard_normal(n).astype(dtype) for _ in range(3)]
+
+
+@by_dtype
+@by_rule
+@pytest.mark.parametrize("n", LENGTHS)
+def test_offsets(rule, dtype, n, rng, cases):
+    """Parameter, gradient and velocity each at every offset, all products, canaries intact."""
+    options = plain_options(rule)
+    x, g, v = draw(rng, n, dtype)
+    expected_x, expected_v = rule.reference(x, g, v, options)
+    placed = [Placed(x, expected_x), Placed(g, g), Placed(v, expected_v)]
+    if n > 10_000:      # the products would take minutes: each array moves alone
+        k = len(placed[0].places)
+        where = [tuple(i if axis == a else 0 for a in range(3))
+                 for axis in range(3) for i in range(k)]
+    else:
+        where = itertools.product(*(range(len(p.places)) for p in placed))
+    if not rule.has_velocity:
+        where = {(i, j, 0) for i, j, _ in where}
+    where = list(where)
+    for level in simd_levels_available():
+        with simd(level):
+            for indices in where:
+                arrays = [p.places[i] for p, i in zip(placed, indices, strict=True)]
+                for memory, _, before, _ in arrays:
+                    memory[:] = before
+                rule.step(*(view for _, view, _, _ in arrays), options)
+                cases(
+                    all((memory == after).all() for memory, _, _, after in arrays),
+                    lambda level=level, indices=indices: f"{rule.id} {dtype} {n} {level} {indices}",
+                )
+
+
+@by_dtype
+@by_rule
+@pytest.mark.parametrize("n", LENGTHS)
+def test_options(rule, dtype, n, rng, cases):
+    """Every combination of options at every length and level, off the cache line."""
+    for k, options in enumerate(all_options(rule)):
+        x, g, v = draw(rng, n, dtype)
+        expected = rule.reference(x, g, v, options)
+        shift = k % (LINE // x.itemsize)
+        placed = [Placed(x, expected[0]).places[shift], Placed(g, g).places[-shift],
+                  Placed(v, expected[1]).places[(3 * shift) % (LINE // x.itemsize)]]
+        if not rule.has_velocity:
+            placed = placed[:2]
+        for level in simd_levels_available():
+            with simd(level):
+                for memory, _, before, _ in placed:
+                    memory[:] = before
+                rule.step(*(view for _, view, _, _ in placed), *(
+                    () if rule.has_velocity else (None,)), options)
+            cases(
+                all((memory == after).all() for memory, _, _, after in placed),
+                lambda level=level, options=options: f"{rule.id} {dtype} {n} {level} {options}",
+            )
+
+
+@by_dtype
+@by_rule
+def test_special_values(rule, dtype, rng, cases, simd_level):
+    """Every pairing of NaN, infinities, signed zeros, subnormals and extremes, with all options."""
+    info = np.finfo(dtype)
+    values = np.array(
+        [0.0, -0.0, np.inf, -np.inf, np.nan, info.smallest_subnormal, -info.smallest_subnormal,
+         info.tiny, -info.tiny, info.max, -info.max, 1.0, -1.0, 0.1], dtype
+    )
+    triples = np.array(list(itertools.product(values, repeat=3)), dtype)
+    for options in all_options(rule):
+        x, g, v = (np.ascontiguousarray(column) for column in triples.T)
+        with np.errstate(all="ignore"):
+            expected_x, expected_v = rule.reference(x, g, v, options)
+        rule.step(x, g, v, options)
+        cases(same_bits(x, expected_x) and same_bits(v, expected_v), options)
+
+
+@by_dtype
+@by_rule
+def test_many_steps_stay_equal(rule, dtype, rng, cases, simd_level):
+    """A thousand steps, into the subnormals that a velocity decays to under zero gradients."""
+    options = plain_options(rule)
+    x, g, v = draw(rng, 67, dtype)
+    rx, rv = x.copy(), v.copy()
+    zero = np.zeros_like(g)
+    for k in range(1000):
+        gradient = g if k < 3 else zero
+        rx, rv = rule.reference(rx, gradient, rv, options)
+        rule.step(x, gradient, v, options)
+    cases(same_bits(x, rx) and same_bits(v, rv))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (5, 1), (1, 5), (3, 5, 7)])
+@by_dtype
+@by_rule
+def test_shapes(rule, dtype, shape, order, rng, cases):
+    x, g, v = (np.array(rng.standard_normal(shape), dtype, order=order) for _ in range(3))
+    options = plain_options(rule)
+    expected_x, expected_v = rule.reference(x, g, v, options)
+    rule.step(x, g, v, options)
+    cases(same_bits(x, np.asarray(expected_x)) and same_bits(v, np.asarray(expected_v)))
+
+
+hyper = st.floats(0, 2, width=32).filter(lambda value: value == 0 or value > 1e-30)
+fraction = st.floats(0, 0.96875, width=32).filter(lambda value: value == 0 or value > 1e-30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rule=st.sampled_from(RULES),
+    dtype=st.sampled_from(DTYPES),
+    level=st.sampled_from(simd_levels_available()),
+    n=st.integers(0, 5000),
+    starts=st.tuples(*[st.integers(0, 70)] * 3),
+    options=st.builds(
+        Options, lr=hyper, momentum=fraction, dampening=fraction, weight_decay=hyper,
+        decoupled_weight_decay=st.booleans(), maximize=st.booleans(),
+        grad_scale=hyper.filter(bool), clip_value=st.none() | hyper, first_step=st.booleans(),
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_anything(rule, dtype, level, n, starts, options, seed):
+    if not rule.has_velocity:
+        options = replace(options, momentum=0.0)
+    if not rule.has_dampening:
+        options = replace(options, dampening=0.0, first_step=False)
+    rng = np.random.default_rng(seed)
+    x, g, v = (
+        (rng.standard_normal(n + start) * 10.0 ** rng.integers(-6, 6)).astype(dtype)[start:]
+        for start in starts
+    )
+    with np.errstate(all="ignore"):
+        expected_x, expected_v = rule.reference(x, g, v, options)
+    with simd(level):
+        rule.step(x, g, v, options)
+    assert same_bits(x, expected_x)
+    assert same_bits(v, expected_v)

@@ -1,0 +1,421 @@
+"""Every refusal: the right exception, the argument named, and not one byte changed."""
+from __future__ import annotations
+
+import hashlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import optcore
+
+N = 24
+
+
+def digest(arrays):
+    return [hashlib.sha256(bytes(memoryview(np.asarray(a).reshape(-1).view(np.uint8))))
+            .hexdigest() for a in arrays]
+
+
+def good(seed=0, shape=(4, 6), dtype=np.float32, order="C"):
+    return np.array(np.random.default_rng(seed).standard_normal(shape), dtype, order=order)
+
+
+def misaligned(like):
+    memory = np.zeros(like.nbytes + 1, np.uint8)
+    return memory[1:].view(like.dtype).reshape(like.shape)
+
+
+def read_only(like):
+    array = like.copy()
+    array.flags.writeable = False
+    return array
+
+
+# (id, bad array made from a good one, exception, words of the message), for any array
+ANY = [
+    ("list", lambda a: a.tolist(), TypeError, "must be a NumPy array, got list"),
+    ("none", lambda a: None, TypeError, "must be a NumPy array, got NoneType"),
+    ("scalar", lambda a: a[0, 0], TypeError, "must be a NumPy array, got float32"),
+    ("int", lambda a: a.astype(np.int32), TypeError, "float32 or float64, got int32"),
+    ("half", lambda a: a.astype(np.float16), TypeError, "float32 or float64, got float16"),
+    ("complex", lambda a: a.astype(np.complex64), TypeError, "got complex64"),
+    ("object", lambda a: a.astype(object), TypeError, "got object"),
+    ("swapped", lambda a: a.astype(a.dtype.newbyteorder()), TypeError, "native byte order"),
+    ("masked", lambda a: np.ma.masked_less(a, 0), TypeError, "got a masked array"),
+    ("misaligned", misaligned, ValueError, "must be aligned"),
+    ("strided", lambda a: np.repeat(a, 2, axis=1)[:, ::2], ValueError, "must be contiguous"),
+    ("reversed", lambda a: a[::-1], ValueError, "must be contiguous"),
+]
+# for a gradient or a velocity, against its parameter
+LIKE = [
+    ("mixed", lambda a: a.astype(np.float64), TypeError, "has dtype float64; its parameter has "),
+    ("short", lambda a: a[:3].copy(), ValueError, "has shape (3, 6); its parameter has (4, 6)"),
+    ("turned", lambda a: np.ones((6, 4), a.dtype), ValueError, "has shape (6, 4); its parameter"),
+    ("flat", lambda a: a.ravel(), ValueError, "has shape (24,); its parameter has (4, 6)"),
+    ("fortran", np.asfortranarray, ValueError, "is Fortran-contiguous; its parameter is C-"),
+]
+WRITTEN = [("read-only", read_only, ValueError, "must be writeable")]
+
+FUNCTIONS = {
+    "sgd": (optcore.sgd_step, ["param", "grad"]),
+    "momentum": (optcore.momentum_step, ["param", "grad", "velocity"]),
+    "nesterov": (optcore.nesterov_step, ["param", "grad", "velocity"]),
+}
+TABLE = [
+    pytest.param(rule, name, make, error, words, id=f"{rule}-{name}-{row}")
+    for rule, (_, names) in FUNCTIONS.items()
+    for name in names
+    for row, make, error, words in ANY + (LIKE if name != "param" else [])
+    + (WRITTEN if name != "grad" else [])
+]
+
+
+def keywords(rule, **more):
+    return {"lr": 0.1, **({} if rule == "sgd" else {"momentum": 0.9}), **more}
+
+
+@pytest.mark.parametrize(("rule", "name", "make", "error", "words"), TABLE)
+def test_functional_arrays(rule, name, make, error, words):
+    step, names = FUNCTIONS[rule]
+    arrays = {key: good(seed) for seed, key in enumerate(names)}
+    arrays[name] = make(arrays[name])
+    held = [a for a in arrays.values() if isinstance(a, np.ndarray) and a.dtype != object
+            and a.base is None]
+    before = digest(held)
+    with pytest.raises(error) as raised:
+        step(*arrays.values(), **keywords(rule))
+    assert words in str(raised.value)
+    assert str(raised.value).startswith(name)
+    assert digest(held) == before
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5])
+@pytest.mark.parametrize("pair", [("param", "grad"), ("param", "velocity"), ("grad", "velocity")])
+def test_functional_overlap(pair, shift):
+    memory = np.arange(40, dtype=np.float32)
+    arrays = {"param": np.ones(30, np.float32), "grad": np.ones(30, np.float32),
+              "velocity": np.ones(30, np.float32)}
+    arrays[pair[0]] = memory[:30]
+    arrays[pair[1]] = memory[shift : shift + 30]
+    before = digest([memory, *arrays.values()])
+    with pytest.raises(ValueError, match=f"{pair[1]} must not share memory with {pair[0]}"):
+        optcore.momentum_step(*arrays.values(), lr=0.1, momentum=0.9)
+    assert digest([memory, *arrays.values()]) == before
+
+
+def test_neighbours_do_not_overlap():
+    memory = np.ones(90, np.float32)
+    optcore.momentum_step(memory[:30], memory[30:60], memory[60:], lr=0.1, momentum=0.9)
+
+
+def test_order_of_parameter_is_matched():
+    x, g = np.asfortranarray(good()), np.asfortranarray(good(1))
+    expected = x - np.float32(0.1) * g
+    optcore.sgd_step(x, g, lr=0.1)
+    np.testing.assert_array_equal(x, expected)
+    with pytest.raises(ValueError, match="grad is C-contiguous; its parameter is Fortran-"):
+        optcore.sgd_step(x, good(1), lr=0.1)
+
+
+# Numbers
+
+class Own:
+    def __float__(self):
+        return 0.1
+
+
+NOT_NUMBERS = [True, np.True_, "0.1", None, [0.1], 0.1j, np.array(0.1), Own()]
+NONNEGATIVE = [float("nan"), float("inf"), -float("inf"), -0.1, -1, 10**400, Fraction(-1, 3),
+               np.float32("nan")]
+FRACTION = [*NONNEGATIVE, 1, 1.0, 2.5]
+TOO_BIG_OR_SMALL = [1e39, 1e-46]
+HYPER = {
+    "lr": NONNEGATIVE, "weight_decay": NONNEGATIVE, "momentum": FRACTION, "dampening": FRACTION,
+    "grad_scale": [*NONNEGATIVE, 0, 0.0], "clip_value": NONNEGATIVE,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [pytest.param(name, value, TypeError, id=f"{name}-{type(value).__name__}")
+     for name in HYPER for value in NOT_NUMBERS if (name, value) != ("clip_value", None)]
+    + [pytest.param(name, value, ValueError, id=f"{name}-{str(value)[:9]}")
+       for name, values in HYPER.items() for value in values]
+    + [pytest.param(name, value, ValueError, id=f"{name}-{value}")
+       for name in HYPER for value in TOO_BIG_OR_SMALL if name not in ("momentum", "dampening")]
+    + [pytest.param("momentum", 1 - 1e-12, ValueError, id="momentum-rounds-to-1"),
+       pytest.param("momentum", 1e-46, ValueError, id="momentum-rounds-to-0")],
+)
+def test_hyper_parameters(name, value, error):
+    x, g, v = good(), good(1), good(2)
+    before = digest([x, g, v])
+    with pytest.raises(error, match=name):
+        optcore.momentum_step(x, g, v, **keywords("momentum", **{name: value}))
+    assert digest([x, g, v]) == before
+    if name == "grad_scale":
+        opt = optcore.SGD(x, lr=0.1, momentum=0.9)
+        with pytest.raises(error, match=name):
+            opt.step(g, grad_scale=value)
+    else:
+        with pytest.raises(error, match=name):
+            optcore.SGD(x, **keywords("momentum", **{name: value}))
+        opt = optcore.SGD(x, lr=0.1, momentum=0.9)
+        opt.param_groups[0][name] = value
+        with pytest.raises(error, match=name):
+            opt.step(g)
+        assert opt.step_count == 0
+    assert digest([x, g, v]) == before
+
+
+@pytest.mark.parametrize("name", ["maximize", "decoupled_weight_decay", "lr_in_velocity",
+                                  "first_step"])
+@pytest.mark.parametrize("value", [1, 0.0, None, "yes"])
+def test_flags(name, value):
+    x, g, v = good(), good(1), good(2)
+    with pytest.raises(TypeError, match=name):
+        optcore.momentum_step(x, g, v, lr=0.1, momentum=0.9, **{name: value})
+
+
+def test_numbers_that_are_welcome():
+    for lr in (0, 0.1, np.float32(0.1), np.float64(0.1), np.int64(1), Fraction(1, 10)):
+        x, g = good(), good(1)
+        expected = x - np.float32(float(lr)) * g
+        optcore.sgd_step(x, g, lr=lr)
+        np.testing.assert_array_equal(x, expected)
+
+
+def test_float64_takes_what_float32_refuses():
+    x, g = good(dtype=np.float64), good(1, dtype=np.float64)
+    expected = x - 1e-46 * g
+    optcore.sgd_step(x, g, lr=1e-46)
+    np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nesterov": True, "momentum": 0.0}, "nesterov must have momentum > 0"),
+        ({"nesterov": True, "dampening": 0.5}, "dampening must be 0 with nesterov"),
+        ({"lr_in_velocity": True, "dampening": 0.5}, "dampening must be 0 with lr_in_velocity"),
+        ({"dampening": 0.5, "momentum": 0.0}, "dampening must have momentum > 0"),
+        ({"max_norm": 1.0, "clip_value": 1.0}, "clip_value and max_norm exclude each other"),
+        ({"lr": 1e30, "weight_decay": 1e30, "decoupled_weight_decay": True},
+         "lr \\* weight_decay must be finite"),
+        ({"max_norm": -1.0}, "max_norm"),
+        ({"max_norm": float("nan")}, "max_norm"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"ema_decay": 1 - 1e-12}, "ema_decay"),
+    ],
+)
+def test_options_that_exclude_each_other(options, words):
+    with pytest.raises(ValueError, match=words):
+        optcore.SGD(good(), **{"lr": 0.1, "momentum": 0.9, **options})
+
+
+def test_dampening_where_the_functional_api_refuses_it():
+    x, g, v = good(), good(1), good(2)
+    with pytest.raises(ValueError, match="dampening must be 0 with lr_in_velocity"):
+        optcore.momentum_step(x, g, v, lr=0.1, momentum=0.9, dampening=0.1, lr_in_velocity=True)
+    with pytest.raises(TypeError, match="dampening"):
+        optcore.nesterov_step(x, g, v, lr=0.1, momentum=0.9, dampening=0.1)
+
+
+# The optimizer
+
+def model(k=5):
+    params = [good(i, (i + 1, 3)) for i in range(k)]
+    grads = [good(i + 50, (i + 1, 3)) for i in range(k)]
+    return params, grads
+
+
+def state_digest(opt):
+    state = opt.state_dict()
+    arrays = [s["velocity"] for s in state["state"].values()]
+    flags = [s["first_step"] for s in state["state"].values()]
+    return (digest([a for a in arrays if a is not None]), flags, opt.step_count, opt.skipped)
+
+
+GRADIENTS = [row for row in ANY if row[0] not in ("scalar", "none")] + LIKE
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [pytest.param(*row[1:], id=row[0]) for row in GRADIENTS],
+)
+def test_step_refuses_whole(position, make, error, words):
+    """A bad gradient at any position changes nothing anywhere."""
+    params = [good(i) for i in range(5)]
+    grads = [good(i + 50) for i in range(5)]
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, ema_decay=0.5, max_norm=1.0)
+    opt.step(grads)
+    before = digest(params + grads + opt.ema), state_digest(opt)
+    bad = list(grads)
+    bad[position] = make(bad[position])
+    with pytest.raises(error, match=f"grads\\[{position}\\]") as raised:
+        opt.step(bad, zero_grad=True)
+    assert words in str(raised.value)
+    assert (digest(params + grads + opt.ema), state_digest(opt)) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"), [pytest.param(*row[1:], id=row[0]) for row in ANY + WRITTEN]
+)
+def test_construction_refuses(make, error, words):
+    params = [good(i) for i in range(3)]
+    params[1] = make(params[1])
+    with pytest.raises(error, match=r"params\[1\]") as raised:
+        optcore.SGD(params, lr=0.1)
+    assert words in str(raised.value)
+
+
+def test_names_in_messages():
+    params = {"fc1.weight": good(), "fc2.weight": good(1, (64, 10))}
+    grads = {"fc1.weight": good(2), "fc2.weight": good(3, (10, 64))}
+    opt = optcore.SGD(params, lr=0.1)
+    with pytest.raises(ValueError) as raised:   # noqa: PT011 - compared in full
+        opt.step(grads)
+    assert str(raised.value) == (
+        "grads[1] ('fc2.weight') has shape (10, 64); its parameter has (64, 10)"
+    )
+
+
+def test_same_parameter_twice():
+    a, b = good(), good(1)
+    with pytest.raises(ValueError, match=r"params\[2\] is the same array as params\[0\]"):
+        optcore.SGD([a, b, a], lr=0.1)
+    with pytest.raises(ValueError, match=r"params\[1\] shares memory with params\[0\]"):
+        optcore.SGD([a, a[2:]], lr=0.1)
+    with pytest.raises(ValueError, match=r"params\[1\] is the same array as params\[0\]"):
+        optcore.SGD([{"params": [a]}, {"params": [a]}], lr=0.1)
+
+
+def test_gradients_over_other_parameters():
+    params, grads = model()
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, ema_decay=0.9)
+    for stolen in (params[2], opt.ema[2]):
+        before = digest(params)
+        bad = [*grads[:2], stolen, *grads[3:]]
+        with pytest.raises(ValueError, match=r"grads\[2\] must not share memory with"):
+            opt.step(bad)
+        assert digest(params) == before
+    # one gradient for two parameters is read only, unless it is to be zeroed
+    shared = [good(9, (4, 3)), good(8, (4, 3))]
+    opt = optcore.SGD(shared, lr=0.1)
+    g = good(7, (4, 3))
+    opt.step([g, g])
+    with pytest.raises(ValueError, match=r"grads\[1\] must not share memory with grads\[0\]"):
+        opt.step([g, g], zero_grad=True)
+    with pytest.raises(ValueError, match=r"grads\[1\] must not share memory with grads\[0\]"):
+        optcore.SGD(shared, lr=0.1, grads=[g, g])
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "words"),
+    [
+        ([], ValueError, "one entry for each of 2 parameters, got 0"),
+        ([good()], ValueError, "one entry for each of 2 parameters, got 1"),
+        ([good()] * 3, ValueError, "one entry for each of 2 parameters, got 3"),
+        ([None, None], ValueError, "None for every parameter"),
+        (good(), TypeError, "must be a sequence of 2 arrays, got ndarray"),
+        ({"a": good(), "b": good()}, TypeError, "must be a sequence of 2 arrays, got dict"),
+        (None, TypeError, "grads must be given"),
+        ("ab", TypeError, "must be a sequence of 2 arrays, got str"),
+    ],
+)
+def test_wrong_gradient_structures(grads, error, words):
+    opt = optcore.SGD([good(), good(1)], lr=0.1)
+    with pytest.raises(error, match=words):
+        opt.step(grads)
+    assert opt.step_count == 0
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "words"),
+    [
+        ({"a": good()}, ValueError, r"none named \['b'\]"),
+        ({"a": good(), "c": good()}, ValueError, r"none named \['b'\] and unknown \['c'\]"),
+        ({"a": good(), "b": good(), "c": good()}, ValueError, r"unknown \['c'\]"),
+        ([good(), good()], TypeError, "must be a mapping by parameter name, got list"),
+    ],
+)
+def test_wrong_gradient_names(grads, error, words):
+    opt = optcore.SGD({"a": good(), "b": good(1)}, lr=0.1)
+    with pytest.raises(error, match=words):
+        opt.step(grads)
+
+
+def test_read_only_gradients_work_until_they_are_to_be_zeroed():
+    x, g = good(), read_only(good(1))
+    optcore.sgd_step(x, g, lr=0.1)
+    opt = optcore.SGD(x, lr=0.1)
+    opt.step(g)
+    with pytest.raises(ValueError, match="grads must be writeable"):
+        opt.step(g, zero_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "words"),
+    [
+        ([], ValueError, "at least one array"),
+        ({}, ValueError, "at least one array"),
+        (3, TypeError, "params must be an array, a sequence or a mapping"),
+        ("abc", TypeError, "params must be an array, a sequence or a mapping"),
+        ([{"lr": 0.1}], ValueError, "must have a key 'params'"),
+        ([{"params": good(), "learning_rate": 0.1}], TypeError, "unknown option 'learning_rate'"),
+        ([{"params": {"a": good()}}, {"params": {"a": good(1)}}], ValueError, "twice"),
+        ([{"params": good()}, good()], TypeError, "must be a group dictionary"),
+    ],
+)
+def test_wrong_params(params, error, words):
+    with pytest.raises(error, match=words):
+        optcore.SGD(params, lr=0.1)
+
+
+def test_lr_must_be_given():
+    with pytest.raises(TypeError, match="lr must be given"):
+        optcore.SGD(good())
+
+
+def test_groups_may_not_change_shape():
+    opt = optcore.SGD([{"params": good()}, {"params": good(1)}], lr=0.1, momentum=0.9)
+    grads = [good(2), good(3)]
+    groups = opt.param_groups
+    for broken, words in [
+        (groups[:1], "2 groups"),
+        ([groups[0], {**groups[1], "params": (good(1),)}], "params must stay"),
+        ([groups[0], {**groups[1], "lr_in_velocity": True}], "lr_in_velocity must stay"),
+        ([groups[0], {k: v for k, v in groups[1].items() if k != "lr"}], "'lr' is missing"),
+        ([groups[0], {**groups[1], "nesterof": True}], "unknown option 'nesterof'"),
+    ]:
+        opt.param_groups = broken
+        with pytest.raises((ValueError, KeyError, TypeError), match=words):
+            opt.step(grads)
+    opt.param_groups = groups
+    groups[1]["initial_lr"] = 0.1       # as schedulers do
+    opt.step(grads)
+    assert opt.step_count == 1
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_memory_that_moved(bound):
+    x, g = np.ones(10, np.float32), np.ones(10, np.float32)
+    opt = optcore.SGD(x, lr=0.1, grads=g if bound else None)
+    opt.step(None if bound else g)
+    x.resize(4000, refcheck=False)
+    before = digest([x])
+    with pytest.raises(ValueError, match="params must stay in its place, 10 writeable elements"):
+        opt.step(None if bound else g)
+    assert digest([x]) == before
+
+
+def test_bound_gradient_that_moved():
+    x, g = np.ones(10, np.float32), np.ones(10, np.float32)
+    opt = optcore.SGD(x, lr=0.1, grads=g)
+    g.resize(4000, refcheck=False)
+    with pytest.raises(ValueError, match="grads must stay in its place"):
+        opt.step()
+    x.flags.writeable = False
+    with pytest.raises(ValueError, match="must stay in its place"):
+        opt.step()

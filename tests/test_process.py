@@ -1,0 +1,319 @@
+"""Forks, signals and threads, each in a process of its own with a time-out."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import optcore
+from reference import same_bits
+
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+
+PRELUDE = """
+import os, signal, sys, threading, time
+import numpy as np
+import optcore
+from optcore.runtime import always_threaded
+
+optcore.set_num_threads(2)
+always_threaded(1000).__enter__()
+
+def stepped(n=200_000, steps=3):
+    x, g = np.ones(n, np.float32), np.full(n, 0.5, np.float32)
+    opt = optcore.SGD(x, lr=0.1, momentum=0.9, max_norm=1e9)
+    for _ in range(steps):
+        opt.step(g)
+    return x
+
+expected = stepped().tobytes()
+
+def check():
+    assert stepped().tobytes() == expected
+
+def wait(pid):
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+
+
+def run(code, timeout=60, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+        capture_output=True, text=True, timeout=timeout, env=env, check=False,
+    )
+
+
+def succeeds(code, **environment):
+    done = run(code, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@posix
+def test_fork_after_a_threaded_step():
+    succeeds("""
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                check()
+                os._exit(0)
+            check()
+            wait(pid)
+        check()
+    """)
+
+
+@posix
+def test_fork_in_grandchildren():
+    succeeds("""
+        pid = os.fork()
+        if pid == 0:
+            check()
+            inner = os.fork()
+            if inner == 0:
+                check()
+                os._exit(0)
+            wait(inner)
+            check()
+            os._exit(0)
+        wait(pid)
+        check()
+    """)
+
+
+@posix
+def test_fork_from_a_thread():
+    succeeds("""
+        failures = []
+        def body():
+            try:
+                check()
+                pid = os.fork()
+                if pid == 0:
+                    check()
+                    os._exit(0)
+                wait(pid)
+                check()
+            except BaseException as error:
+                failures.append(error)
+        for _ in range(3):
+            thread = threading.Thread(target=body)
+            thread.start()
+            thread.join()
+        assert not failures, failures
+        check()
+    """)
+
+
+@posix
+def test_multiprocessing_with_fork():
+    succeeds("""
+        import multiprocessing
+        context = multiprocessing.get_context("fork")
+        with context.Pool(2) as pool:
+            for result in pool.starmap(stepped, [(200_000, 3)] * 6):
+                assert result.tobytes() == expected
+        check()
+    """)
+
+
+@posix
+def test_a_forked_child_has_a_velocity_of_its_own():
+    succeeds("""
+        x, g = np.ones(1 << 20, np.float32), np.ones(1 << 20, np.float32)
+        opt = optcore.SGD(x, lr=0.1, momentum=0.9)
+        opt.step(g)
+        velocity = opt.state_dict()["state"][0]["velocity"]
+        pid = os.fork()
+        if pid == 0:
+            opt.step(g)
+            os._exit(0)
+        wait(pid)
+        assert (opt.state_dict()["state"][0]["velocity"] == velocity).all()
+    """)
+
+
+@posix
+def test_interrupt_during_a_long_step_comes_after_it():
+    succeeds("""
+        n = 30_000_000
+        x, g = np.zeros(n, np.float32), np.ones(n, np.float32)
+        opt = optcore.SGD(x, lr=1.0, momentum=0.5)
+        opt.step(g)
+        interrupted = 0
+        for delay in [0.001, 0.005, 0.01, 0.02] * 5:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            count = opt.step_count
+            first = x[0]
+            try:
+                opt.step(g)
+                time.sleep(0.05)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert (x == x[0]).all() and opt.step_count in (count, count + 1)
+            assert (x[0] != first) == (opt.step_count == count + 1)
+        assert interrupted == 20, interrupted
+        opt.step(g)
+    """)
+
+
+def test_one_optimizer_in_two_threads():
+    """The second step raises, or comes later; no half step ever."""
+    x, g = np.zeros(2_000_000, np.float32), np.ones(2_000_000, np.float32)
+    opt = optcore.SGD(x, lr=1.0, momentum=0.0)
+    applied, refused = [], []
+    start = threading.Barrier(4)
+
+    def body():
+        start.wait()
+        for _ in range(50):
+            try:
+                opt.step(g)
+                applied.append(1)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=body) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(applied) + len(refused) == 200
+    assert all("one step at a time" in message for message in refused)
+    assert opt.step_count == len(applied)
+    assert (x == -len(applied)).all()
+    opt.step(g)
+
+
+def test_two_optimizers_in_two_threads():
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal(300_000).astype(np.float32) for _ in range(3)]
+    gs = [rng.standard_normal(300_000).astype(np.float32) for _ in range(3)]
+    expected = [x.copy() for x in xs]
+    for x, g in zip(expected, gs, strict=True):
+        opt = optcore.SGD(x, lr=0.1, momentum=0.9)
+        for _ in range(20):
+            opt.step(g)
+
+    def body(x, g):
+        opt = optcore.SGD(x, lr=0.1, momentum=0.9)
+        for _ in range(20):
+            opt.step(g)
+
+    threads = [threading.Thread(target=body, args=pair) for pair in zip(xs, gs, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for x, y in zip(xs, expected, strict=True):
+        assert same_bits(x, y)
+
+
+def test_the_gil_is_released_while_the_loop_runs():
+    """Another thread sees a step that has begun and not ended."""
+    x, g = np.zeros(20_000_000, np.float32), np.ones(20_000_000, np.float32)
+    seen = set()
+    done = threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.add((float(x[0]), float(x[-1])))
+            time.sleep(0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(30):
+        optcore.sgd_step(x, g, lr=1.0)
+        if any(first != last for first, last in seen):
+            break
+    done.set()
+    watcher.join()
+    assert any(first != last for first, last in seen)
+
+
+# Environment and configuration
+
+def test_simd_is_forced_from_the_environment():
+    from optcore.runtime import simd_levels_available
+
+    for level in simd_levels_available():
+        out = succeeds("""
+            print(optcore.show_config("dicts")["simd used"])
+        """, OPTCORE_SIMD=level)
+        assert out.strip() == level
+
+
+def test_simd_the_cpu_lacks_is_an_error_that_lists_what_it_has():
+    done = run("", OPTCORE_SIMD="avx1024")
+    assert done.returncode != 0
+    assert "OPTCORE_SIMD must be one of the SIMD levels this CPU and build have (baseline" in (
+        done.stderr
+    )
+
+
+def test_threads_from_the_environment():
+    code = "import optcore; print(optcore.get_num_threads())"
+
+    def threads(**environment):
+        env = {k: v for k, v in os.environ.items()
+               if k not in ("OMP_NUM_THREADS", "OPTCORE_NUM_THREADS")}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              env={**env, **environment}, check=False)
+
+    if optcore.show_config("dicts")["openmp"].startswith("missing"):
+        pytest.skip("built without OpenMP")
+    assert threads(OMP_NUM_THREADS="3").stdout.strip() == "3"
+    assert threads(OMP_NUM_THREADS="3", OPTCORE_NUM_THREADS="5").stdout.strip() == "5"
+    for bad in ("zero", "0", "-1", "1.5", "9999"):
+        done = threads(OPTCORE_NUM_THREADS=bad)
+        assert done.returncode != 0
+        assert f"OPTCORE_NUM_THREADS must be a whole number in [1, 1024], got {bad!r}" in (
+            done.stderr
+        )
+
+
+def test_threadpoolctl_is_honoured():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    if optcore.show_config("dicts")["openmp"].startswith("missing"):
+        pytest.skip("built without OpenMP")
+    optcore.set_num_threads(None)
+    with threadpoolctl.threadpool_limits(1):
+        assert optcore.get_num_threads() == 1
+    with threadpoolctl.threadpool_limits(2):
+        assert optcore.get_num_threads() == 2
+
+
+def test_set_num_threads():
+    before = optcore.get_num_threads()
+    if not optcore.show_config("dicts")["openmp"].startswith("missing"):
+        optcore.set_num_threads(3)
+        assert optcore.get_num_threads() == 3
+    optcore.set_num_threads(None)
+    assert optcore.get_num_threads() == before
+    for bad, error in [(0, ValueError), (-1, ValueError), (2000, ValueError), (1.0, TypeError),
+                       ("2", TypeError), (True, TypeError)]:
+        with pytest.raises(error, match="n must"):
+            optcore.set_num_threads(bad)
+
+
+def test_show_config(capsys):
+    assert optcore.show_config() is None
+    printed = capsys.readouterr().out
+    config = optcore.show_config("dicts")
+    for word in ("optcore:", "compiler:", "flags:", "simd built:", "simd available:",
+                 "simd used:", "threads:", "openmp:"):
+        assert word in printed
+    assert config["optcore"] == optcore.__version__
+    done = subprocess.run([sys.executable, "-m", "optcore"], capture_output=True, text=True,
+                          check=True)
+    assert done.stdout == printed
+    with pytest.raises(ValueError, match="mode must be 'stdout' or 'dicts', got 'json'"):
+        optcore.show_config("json")
