@@ -47,7 +47,7 @@ $(VENVS)/%/.installed: build/wheel.stamp $(VENVS)/%/.made
 	touch $@
 
 $(VENVS)/%/.made:
-	$(PYTHON) -c "import sys; sys.exit('optcore needs Python >= 3.10' * (sys.version_info < (3, 10)))"
+	$(PYTHON) -c "import sys; sys.exit('optcore needs Python >= 3.10' * (sys.version_info < (3, 10)) or 0)"
 	$(PYTHON) -m venv $(VENVS)/$*
 	touch $@
 
