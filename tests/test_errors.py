@@ -428,7 +428,7 @@ def test_dtype_changed_in_place():
     opt = optcore.SGD(x, lr=0.1, grads=g)
     for array in (x, g):
         array.dtype = np.int32
-        with pytest.raises(ValueError, match="must stay in its place, .* of int32"):
+        with pytest.raises(ValueError, match=r"must stay in its place, .* of int32"):
             opt.step()
         array.dtype = np.float32
     opt.step()
