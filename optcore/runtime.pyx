@@ -57,7 +57,7 @@ cdef extern from *:
        it; the next region builds a new one. */
     #if defined(_OPENMP) && !defined(_WIN32) && (_OPENMP >= 201811 || __GNUC__ >= 9)
       #include <pthread.h>
-      static int optcore_threaded = 0;
+      static OPTCORE_THREAD_LOCAL int optcore_threaded = 0;    /* has a pool */
       static void optcore_before_fork(void) {
         if (optcore_threaded) omp_pause_resource_all(omp_pause_soft);
       }
