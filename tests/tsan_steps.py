@@ -34,10 +34,9 @@ def work(seed):
 
 optcore.set_num_threads(3)
 with always_threaded():
-    for backs_off in (False, True):
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 print("tsan: all steps done, OpenMP", optcore.show_config("dicts")["openmp"])
