@@ -471,10 +471,14 @@ cdef class Plan:
                 raise ValueError(
                     f"ema_decay must lie in [0, 1) when rounded to float32, got {value!r}"
                 )
-        if self._averages is None:
-            self._allocate_averages()
-        self._ema_decay = decay
-        self._ema_schedule = schedule
+        self._begin()
+        try:
+            if self._averages is None:
+                self._allocate_averages()
+            self._ema_decay = decay
+            self._ema_schedule = schedule
+        finally:
+            self._busy = False
 
     # Gradients
 
@@ -956,6 +960,17 @@ cdef class Plan:
             )
         ]
 
+    def _snapshot(self):
+        """Copies of what `_state` gives, of one step and not of two."""
+        self._begin()
+        try:
+            return [
+                tuple([a.copy(order="K") if isinstance(a, np.ndarray) else a for a in state])
+                for state in self._state
+            ]
+        finally:
+            self._busy = False
+
     def _reread_groups(self):
         """Check and take over `param_groups` now, not at the next step."""
         self._begin()
@@ -967,18 +982,22 @@ cdef class Plan:
     def _restore(self, velocities, averages, first_steps, step_count, skipped):
         """Take over a checked state; None where a velocity or average stays as it is."""
         cdef Py_ssize_t i
-        if self._velocities is None and any([v is not None for v in velocities]):
-            self._allocate_velocities()
-        for i in range(self._n):
-            if self._velocities is not None:
-                self._velocities[i][...] = 0 if velocities[i] is None else velocities[i]
-            if self._averages is not None and averages[i] is not None:
-                self._averages[i][...] = averages[i]
-            self._slots[i].first_step = first_steps[i]
-        self.step_count = step_count
-        self.skipped = skipped
-        self._grad_norm = None
-        self._nonfinite = ()
+        self._begin()
+        try:
+            if self._velocities is None and any([v is not None for v in velocities]):
+                self._allocate_velocities()
+            for i in range(self._n):
+                if self._velocities is not None:
+                    self._velocities[i][...] = 0 if velocities[i] is None else velocities[i]
+                if self._averages is not None and averages[i] is not None:
+                    self._averages[i][...] = averages[i]
+                self._slots[i].first_step = first_steps[i]
+            self.step_count = step_count
+            self.skipped = skipped
+            self._grad_norm = None
+            self._nonfinite = ()
+        finally:
+            self._busy = False
 
 
 cdef void *allocate(Py_ssize_t n, size_t itemsize) except NULL:

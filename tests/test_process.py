@@ -192,6 +192,31 @@ def test_one_optimizer_in_two_threads():
     opt.step(g)
 
 
+def test_state_is_never_of_half_a_step():
+    x, g = np.zeros(2_000_000, np.float32), np.ones(2_000_000, np.float32)
+    opt = optcore.SGD(x, lr=1.0, momentum=0.5)
+    done = threading.Event()
+
+    def body():
+        while not done.is_set():
+            try:
+                opt.step(g)
+            except RuntimeError:    # the state is being read
+                time.sleep(0)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    for _ in range(100):
+        try:
+            state = opt.state_dict()
+        except RuntimeError:
+            continue
+        velocity = state["state"][0]["velocity"]
+        assert velocity is None or (velocity == velocity[0]).all()
+    done.set()
+    thread.join()
+
+
 def test_two_optimizers_in_two_threads():
     rng = np.random.default_rng(0)
     xs = [rng.standard_normal(300_000).astype(np.float32) for _ in range(3)]

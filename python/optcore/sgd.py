@@ -231,12 +231,8 @@ class SGD(Plan):
             throughout; the parameters themselves are the caller's to save.
         """
         state = {
-            i: {
-                "velocity": None if velocity is None else velocity.copy(order="K"),
-                "ema": None if average is None else average.copy(order="K"),
-                "first_step": first_step,
-            }
-            for i, (velocity, average, first_step) in enumerate(self._state)
+            i: {"velocity": velocity, "ema": average, "first_step": first_step}
+            for i, (velocity, average, first_step) in enumerate(self._snapshot())
         }
         groups = []
         at = 0
