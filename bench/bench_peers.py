@@ -5,7 +5,7 @@ import peers
 import pytest
 from cases import PIPELINE, Case
 from contenders import LIMIT, NUMPY, OPTCORE, OPTCORE_ALONE
-from limit import Unavailable, limit_contender
+from limit import NoCompilerError, limit_contender
 from ordering import interleave
 from shapes import MODELS
 
@@ -42,5 +42,5 @@ def pytest_generate_tests(metafunc):
 def test_step(measure, case, repeat, contender):
     try:
         measure(case, repeat, contender, verify=contender.name != LIMIT)
-    except Unavailable as reason:
+    except NoCompilerError as reason:
         pytest.skip(str(reason))

@@ -8,8 +8,9 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import reference
 from shapes import MODELS
+
+import reference
 
 RULES = {rule.id: rule for rule in reference.RULES}
 
@@ -49,10 +50,12 @@ class Case:
 
     @property
     def rule(self) -> reference.Rule:
+        """The row of the table of rules."""
         return RULES["nesterov" if self.job == PIPELINE else self.job]
 
     @property
     def pipeline(self) -> bool:
+        """Whether the whole pipeline is stepped, not the rule alone."""
         return self.job == PIPELINE
 
     @property
@@ -103,6 +106,7 @@ class Arrays:
         return [np.zeros_like(x) for x in self.x]
 
     def copies(self) -> list[np.ndarray]:
+        """Return arrays for an average, which starts from the parameters."""
         return [x.copy() for x in self.x]
 
     def reset(self) -> None:
@@ -112,6 +116,7 @@ class Arrays:
         self.reset_gradients()
 
     def reset_gradients(self) -> None:
+        """Fill the gradients as they are before the first step."""
         for g in self.g:
             _repeat(self._pattern["g"], g)
 

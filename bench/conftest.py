@@ -5,9 +5,10 @@ import gc
 from functools import lru_cache
 from pathlib import Path
 
-import optcore
 import pytest
 from cases import Arrays
+
+import optcore
 
 # One round of a fast step lasts at least this long; the clock and the loop around it cost
 # some 50 ns a round and a call.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import optcore
 from cases import (
     EMA_DECAY,
     LR,
@@ -19,8 +18,10 @@ from cases import (
     Case,
     Run,
 )
-from optcore.runtime import simd, simd_levels_available
 from shapes import MODELS
+
+import optcore
+from optcore.runtime import simd, simd_levels_available
 
 LITERAL = "NumPy, literal"
 OUT = "NumPy, out="
@@ -44,6 +45,7 @@ class Contender:
     level: str | None = None                    # SIMD level to run at
 
     def takes(self, case: Case) -> bool:
+        """Return whether it can step the case, and would not repeat a one-thread run."""
         return (
             (self.jobs is None or case.job in self.jobs)
             and (self.threaded or case.threads == 1)
@@ -98,64 +100,59 @@ def literal_pipeline(x, g, v, e):
         g[i][...] = 0
 
 
-# NumPy without allocation: every intermediate goes to an array that exists. `s` is scratch in
-# the shape of its parameter, and all of a model's are views of one.
+# NumPy without allocation, one tensor: every intermediate goes to an array that exists. `s` is
+# scratch in the shape of the parameter, and all of a model's are views of one.
 
-def out_sgd(x, g, v, s):
-    for xi, gi, si in zip(x, g, s, strict=True):
-        np.multiply(gi, LR, out=si)
-        np.subtract(xi, si, out=xi)
+def out_sgd(x, g, s):
+    np.multiply(g, LR, out=s)
+    np.subtract(x, s, out=x)
 
 
 def out_momentum(x, g, v, s):
-    for xi, gi, vi, si in zip(x, g, v, s, strict=True):
-        np.multiply(vi, MOMENTUM, out=vi)
-        np.add(vi, gi, out=vi)
-        np.multiply(vi, LR, out=si)
-        np.subtract(xi, si, out=xi)
+    np.multiply(v, MOMENTUM, out=v)
+    np.add(v, g, out=v)
+    np.multiply(v, LR, out=s)
+    np.subtract(x, s, out=x)
 
 
 def out_momentum_lr_in_velocity(x, g, v, s):
-    for xi, gi, vi, si in zip(x, g, v, s, strict=True):
-        np.multiply(gi, LR, out=si)
-        np.multiply(vi, MOMENTUM, out=vi)
-        np.subtract(vi, si, out=vi)
-        np.add(xi, vi, out=xi)
+    np.multiply(g, LR, out=s)
+    np.multiply(v, MOMENTUM, out=v)
+    np.subtract(v, s, out=v)
+    np.add(x, v, out=x)
 
 
 def out_nesterov(x, g, v, s):
-    for xi, gi, vi, si in zip(x, g, v, s, strict=True):
-        np.multiply(vi, MOMENTUM, out=vi)
-        np.add(vi, gi, out=vi)
-        np.multiply(vi, MOMENTUM, out=si)
-        np.add(gi, si, out=si)
-        np.multiply(si, LR, out=si)
-        np.subtract(xi, si, out=xi)
+    np.multiply(v, MOMENTUM, out=v)
+    np.add(v, g, out=v)
+    np.multiply(v, MOMENTUM, out=s)
+    np.add(g, s, out=s)
+    np.multiply(s, LR, out=s)
+    np.subtract(x, s, out=x)
 
 
 def out_nesterov_lr_in_velocity(x, g, v, s):
     # The lecture's form, for ρ·v − α·g would need α·g a second time, or a second scratch array.
-    for xi, gi, vi, si in zip(x, g, v, s, strict=True):
-        np.multiply(vi, MOMENTUM, out=si)
-        np.subtract(xi, si, out=xi)
-        np.multiply(gi, LR, out=vi)
-        np.subtract(si, vi, out=vi)
-        np.multiply(vi, 1 + MOMENTUM, out=si)
-        np.add(xi, si, out=xi)
+    np.multiply(v, MOMENTUM, out=s)
+    np.subtract(x, s, out=x)
+    np.multiply(g, LR, out=v)
+    np.subtract(s, v, out=v)
+    np.multiply(v, 1 + MOMENTUM, out=s)
+    np.add(x, s, out=x)
 
 
-def out_pipeline(x, g, v, s, e):
-    norm = np.sqrt(sum(float(np.vdot(gi, gi)) for gi in g))
+def out_pipeline(tensors):
+    norm = np.sqrt(sum([float(np.vdot(g, g)) for _, g, *_ in tensors]))
     scale = min(1.0, MAX_NORM / (float(norm) + 1e-6))
-    for xi, gi, vi, si, ei in zip(x, g, v, s, e, strict=True):
-        np.multiply(gi, scale, out=gi)
-        np.multiply(xi, WEIGHT_DECAY, out=si)
-        np.add(gi, si, out=gi)
-        out_nesterov([xi], [gi], [vi], [si])
-        np.multiply(ei, EMA_DECAY, out=ei)
-        np.multiply(xi, 1 - EMA_DECAY, out=si)
-        np.add(ei, si, out=ei)
-        gi.fill(0)
+    for x, g, v, s, e in tensors:
+        np.multiply(g, scale, out=g)
+        np.multiply(x, WEIGHT_DECAY, out=s)
+        np.add(g, s, out=g)
+        out_nesterov(x, g, v, s)
+        np.multiply(e, EMA_DECAY, out=e)
+        np.multiply(x, 1 - EMA_DECAY, out=s)
+        np.add(e, s, out=e)
+        g.fill(0)
 
 
 LITERALS = {
@@ -172,27 +169,36 @@ OUTS = {
     "momentum_lr_in_velocity": out_momentum_lr_in_velocity,
     "nesterov": out_nesterov,
     "nesterov_lr_in_velocity": out_nesterov_lr_in_velocity,
-    PIPELINE: out_pipeline,
 }
 
 
-def _numpy_run(step: Callable[..., object], case: Case, arrays: Arrays, *scratch) -> Run:
-    velocity = arrays.zeros() if case.rule.has_velocity else [None] * len(arrays.x)
-    average = arrays.copies() if case.pipeline else []
-    state = [arrays.x, arrays.g, velocity, *scratch]
-    if case.pipeline:
-        state.append(average)
-    return Run(partial(step, *state), lambda: arrays.x, lambda: average)
-
-
 def build_literal(case: Case, arrays: Arrays) -> Run:
-    return _numpy_run(LITERALS[case.job], case, arrays)
+    velocity = arrays.zeros() if case.rule.has_velocity else []
+    averages = [arrays.copies()] if case.pipeline else []
+    step = partial(LITERALS[case.job], arrays.x, arrays.g, velocity, *averages)
+    return Run(step, lambda: arrays.x, lambda: averages[0] if averages else ())
 
 
 def build_out(case: Case, arrays: Arrays) -> Run:
     scratch = np.empty(max(x.size for x in arrays.x), case.dtype)
-    views = [scratch[: x.size].reshape(x.shape) for x in arrays.x]
-    return _numpy_run(OUTS[case.job], case, arrays, views)
+    columns = [arrays.x, arrays.g]
+    if case.rule.has_velocity:
+        columns.append(arrays.zeros())
+    columns.append([scratch[: x.size].reshape(x.shape) for x in arrays.x])
+    if case.pipeline:
+        averages = arrays.copies()
+        tensors = list(zip(*columns, averages, strict=True))
+        return Run(partial(out_pipeline, tensors), lambda: arrays.x, lambda: averages)
+    tensors = list(zip(*columns, strict=True))
+    one = OUTS[case.job]
+    if len(tensors) == 1:
+        return Run(partial(one, *tensors[0]), lambda: arrays.x)
+
+    def step() -> None:
+        for tensor in tensors:
+            one(*tensor)
+
+    return Run(step, lambda: arrays.x)
 
 
 def build_function(case: Case, arrays: Arrays) -> Run:

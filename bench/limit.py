@@ -22,7 +22,7 @@ FLAGS = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
 SOURCE = Path(__file__).with_name("limit.c")
 
 
-class Unavailable(RuntimeError):
+class NoCompilerError(RuntimeError):
     """There is no compiler to build the limit's kernel with."""
 
 
@@ -31,7 +31,7 @@ def library(folder: Path) -> ctypes.CDLL:
     """Compile the kernel, with OpenMP where the compiler has it."""
     compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(compiler) is None:
-        raise Unavailable(f"no C compiler named {compiler}")
+        raise NoCompilerError(f"no C compiler named {compiler}")
     folder.mkdir(parents=True, exist_ok=True)
     built = folder / f"limit-{os.getpid()}.so"
     for openmp in (["-fopenmp"], []):
@@ -41,7 +41,7 @@ def library(folder: Path) -> ctypes.CDLL:
         )
         if done.returncode == 0:
             return ctypes.CDLL(str(built))
-    raise Unavailable(done.stderr.strip().splitlines()[-1])
+    raise NoCompilerError(done.stderr.strip().splitlines()[-1])
 
 
 def _columns(count: int, n: int, dtype: str) -> tuple[list[np.ndarray], mmap.mmap]:
