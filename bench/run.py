@@ -35,8 +35,18 @@ def environment(threads: int, cores: int) -> dict[str, str]:
     return {**os.environ, **limits}
 
 
-def measure(suite: str, threads: int, arguments: argparse.Namespace) -> list[report.Row]:
-    """Run a suite under pytest-benchmark and return one row for each measurement."""
+def measure(
+    suite: str, threads: int, arguments: argparse.Namespace
+) -> tuple[list[report.Row], bool]:
+    """Run a suite under pytest-benchmark.
+
+    Returns
+    -------
+    rows : list of dict
+        One for each measurement; what disagreed with the reference has none.
+    agreed : bool
+        Whether all agreed.
+    """
     quick = arguments.quick
     repeats = arguments.repeats or (2 if quick else 5 if suite == "engine" else 3)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,12 +60,13 @@ def measure(suite: str, threads: int, arguments: argparse.Namespace) -> list[rep
         done = subprocess.run(
             command + ["--quick"] * quick, env=environment(threads, os.cpu_count()), check=False
         )
-        if done.returncode:
-            sys.exit(f"the {suite} suite failed; nothing was written")
-        return report.rows_of(json.loads(output.read_text()))
+        if done.returncode not in (0, 1) or not output.exists():
+            sys.exit(f"the {suite} suite could not run; nothing was written")
+        return report.rows_of(json.loads(output.read_text())), done.returncode == 0
 
 
 def main() -> None:
+    agreed = True
     arguments = parsed()
     suite, out = arguments.suite, arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +74,9 @@ def main() -> None:
     if not arguments.report_only:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         counts = [1] if suite == "engine" else sorted({1, cores})
-        rows = [row for threads in counts for row in measure(suite, threads, arguments)]
+        runs = [measure(suite, threads, arguments) for threads in counts]
+        rows = [row for some, _ in runs for row in some]
+        agreed = all(agreed for _, agreed in runs)
         summary = {"suite": suite, "quick": arguments.quick, "machine": describe(), "rows": rows}
         if suite == "peers":
             import peers
@@ -72,6 +85,8 @@ def main() -> None:
             summary["absent"] = peers.absent()
         results.write_text(report.to_json(summary))
     report.write(json.loads(results.read_text()), out, arguments.readme, arguments.docs)
+    if not agreed:
+        sys.exit("some implementations differed from the reference and were not timed: see above")
 
 
 if __name__ == "__main__":
