@@ -9,10 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import report
-from machine import describe
-
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "tests"))     # the reference; under pytest, pytest.ini says so
+
+import report  # noqa: E402
+from machine import describe  # noqa: E402
 
 
 def parsed() -> argparse.Namespace:
