@@ -27,7 +27,7 @@ test: $(VENVS)/test/.installed
 
 lint: $(VENVS)/lint/.installed
 	$(VENVS)/lint/bin/ruff check .
-	$(VENVS)/lint/bin/cython-lint optcore python/optcore
+	PATH="$(abspath $(VENVS)/lint/bin):$$PATH" cython-lint optcore python/optcore
 
 bench: $(VENVS)/bench/.installed
 	$(VENVS)/bench/bin/python bench/run.py engine --out bench/results

@@ -19,7 +19,7 @@ FLAGS = {
 OPENMP_FLAGS = {"msvc": ["/openmp"], "unix": ["-fopenmp"]}
 OPENMP_PROBE = """
 #include <omp.h>
-int main(void) { return omp_get_max_threads() < 1; }
+int optcore_probe(void) { return omp_get_max_threads(); }
 """
 
 
@@ -43,7 +43,7 @@ class BuildExt(build_ext):
         super().build_extensions()
 
     def links(self, flags):
-        """Whether a program that needs OpenMP compiles and links with these flags."""
+        """Whether a library that needs OpenMP compiles and links with these flags."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
             source.write_text(OPENMP_PROBE)
@@ -51,8 +51,8 @@ class BuildExt(build_ext):
                 objects = self.compiler.compile(
                     [str(source)], output_dir=folder, extra_postargs=flags
                 )
-                self.compiler.link_executable(
-                    objects, str(Path(folder, "probe")), extra_postargs=flags
+                self.compiler.link_shared_object(
+                    objects, str(Path(folder, "probe.so")), extra_postargs=flags
                 )
             except Exception:  # each compiler class has errors of its own
                 return False

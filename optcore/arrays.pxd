@@ -18,6 +18,7 @@ cdef str spell(Label label, object keys)
 cdef ndarray check_param(object array, Label label, object keys)
 cdef ndarray check_like(object array, ndarray param, bint written, Label label, object keys)
 cdef Dtype dtype_of(ndarray array) noexcept
+cdef bint is_dtype(ndarray array, Dtype dtype) noexcept
 cdef Span span_of(ndarray array, Py_ssize_t owner) noexcept
 cdef bint overlap(Span a, Span b) noexcept nogil
 cdef void sort_spans(Span *spans, Py_ssize_t n) noexcept nogil

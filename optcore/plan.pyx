@@ -4,6 +4,7 @@ A step first checks everything and writes nothing: groups that changed, schedule
 memory that moved. Then come the sweeps, which cannot fail, and last the bookkeeping.
 """
 from cpython.dict cimport PyDict_CheckExact, PyDict_Next
+from cpython.list cimport PyList_CheckExact, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.math cimport INFINITY, isfinite, ldexp, sqrt
@@ -24,6 +25,7 @@ from optcore.arrays cimport (
     check_param,
     dtype_of,
     first_overlap,
+    is_dtype,
     overlapped_by,
     sort_spans,
     span_of,
@@ -142,6 +144,12 @@ cdef class Plan:
         free(self._partials)
         free(self._pointers)
 
+    def __reduce__(self):
+        raise TypeError(
+            "an optimizer holds the addresses of its arrays and cannot be copied or pickled: "
+            "build one for the copied parameters and give it this one's state_dict()"
+        )
+
     # Building
 
     def _build(self, list groups, *, bint single, bint by_name):
@@ -259,10 +267,10 @@ cdef class Plan:
         cdef PyObject *value
         cdef tuple seen
         groups = self.param_groups
-        if len(groups) != self._n_groups:
+        if not PyList_CheckExact(groups) or PyList_GET_SIZE(groups) != self._n_groups:
             return True
         for g in range(self._n_groups):
-            group = groups[g]
+            group = (<list>groups)[g]
             seen = <tuple>self._seen[g]
             if not PyDict_CheckExact(group):
                 return True
@@ -617,12 +625,14 @@ cdef class Plan:
         if (
             PyArray_DATA(a) != data
             or PyArray_SIZE(a) != self._tensors[i].size
+            or not is_dtype(a, self._tensors[i].dtype)
             or not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE)
         ):
             raise ValueError(
                 f"{self._spell(what, i)} must stay in its place, {self._tensors[i].size} "
                 f"writeable elements at {<size_t>data:#x}; got {a.size} "
-                f"{'writeable' if a.flags.writeable else 'read-only'} at {a.ctypes.data:#x}"
+                f"{'writeable' if a.flags.writeable else 'read-only'} of {a.dtype} "
+                f"at {a.ctypes.data:#x}"
             )
         return 0
 
@@ -630,6 +640,8 @@ cdef class Plan:
 
     cdef int _begin(self) except -1:
         """Enter the one call at a time that an optimizer serves."""
+        if self._tensors == NULL:
+            raise RuntimeError("this optimizer was never built")
         if self._busy:
             raise RuntimeError(
                 "this optimizer is stepping already, in another thread or in the caller of a "

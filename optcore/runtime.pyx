@@ -51,13 +51,13 @@ cdef extern from *:
     static OPTCORE_THREAD_LOCAL int optcore_alone = 0;
     static OPTCORE_THREAD_LOCAL int optcore_penalty = 0;
 
-    /* libgomp's worker threads do not exist in a forked child, but the pool
-       that lists them does, and the next parallel region waits for them for
-       ever. Giving the forking thread's pool up before the fork cures it; the
-       next region builds a new one. libomp has a handler of its own. */
-    #if defined(_OPENMP) && defined(__GNUC__) && !defined(__clang__) && !defined(_WIN32)
+    /* The worker threads do not exist in a forked child, but the pool that lists
+       them does, and the next parallel region waits for them for ever (libgomp,
+       and libomp too). Giving the forking thread's pool up before the fork cures
+       it; the next region builds a new one. */
+    #if defined(_OPENMP) && !defined(_WIN32) && (_OPENMP >= 201811 || __GNUC__ >= 9)
       #include <pthread.h>
-      static int optcore_threaded = 0;
+      static OPTCORE_THREAD_LOCAL int optcore_threaded = 0;    /* has a pool */
       static void optcore_before_fork(void) {
         if (optcore_threaded) omp_pause_resource_all(omp_pause_soft);
       }

@@ -1,7 +1,9 @@
 """Every refusal: the right exception, the argument named, and not one byte changed."""
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -419,3 +421,31 @@ def test_bound_gradient_that_moved():
     x.flags.writeable = False
     with pytest.raises(ValueError, match="must stay in its place"):
         opt.step()
+
+
+def test_dtype_changed_in_place():
+    x, g = np.ones(10, np.float32), np.ones(10, np.float32)
+    opt = optcore.SGD(x, lr=0.1, grads=g)
+    for array in (x, g):
+        array.dtype = np.int32
+        with pytest.raises(ValueError, match=r"must stay in its place, .* of int32"):
+            opt.step()
+        array.dtype = np.float32
+    opt.step()
+
+
+def test_an_optimizer_is_not_copied():
+    opt = optcore.SGD(good(), lr=0.1)
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            duplicate(opt)
+
+
+def test_an_optimizer_never_built_is_no_crash():
+    opt = optcore.SGD.__new__(optcore.SGD)
+    for call in (opt.step, opt.accumulate, opt.step_replicas):
+        with pytest.raises(RuntimeError, match="never built"):
+            call([good()])
+    opt = optcore.SGD(good(), lr=0.1)
+    with pytest.raises(RuntimeError, match="built once"):
+        opt.__init__(good(), lr=0.1)

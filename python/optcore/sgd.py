@@ -189,7 +189,9 @@ class SGD(Plan):
         lines = []
         for i, group in enumerate(self.param_groups):
             size = sum(array.size for array in group["params"])
-            options = ", ".join(f"{key}={group[key]!r}" for key in ("lr", *GROUP_OPTIONS))
+            options = ", ".join(
+                f"{key}={group.get(key)!r}" for key in ("lr", *GROUP_OPTIONS)
+            )
             lines.append(
                 f"  group {i}: {len(group['params'])} arrays, {size} elements, {options}"
             )
