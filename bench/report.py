@@ -7,7 +7,7 @@ side, and then its median.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -109,6 +109,9 @@ class Results:
 
 # Tables
 
+Column = Callable[[Results, Key, str], str]
+
+
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
     """Return a Markdown table, its first column to the left and the others to the right."""
     lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
@@ -164,41 +167,39 @@ def target_table(results: Results, suite: str) -> str:
     return table(["target", "threads", "who", "against", "at least", "measured", ""], rows)
 
 
-def engine_tables(results: Results) -> str:
-    """Return a table for each dtype and length: µs, GB/s and ratios of every implementation."""
-    parts = []
-    for key, case in results.cases.items():
-        parts.append(f"**{case_title(key)}**\n")
-        parts.append(table(
-            ["implementation", "µs", "GB/s", "against NumPy out=", "against NumPy literal"],
-            [
-                [
-                    name, number(results.time(key, name)), number(results.bandwidth(key, name)),
-                    number(results.speedup(key, name, OUT), times=True),
-                    number(results.speedup(key, name, LITERAL), times=True),
-                ]
-                for name in case
-            ],
-        ))
-    return "\n".join(parts)
+def ratio_over(over: str) -> Column:
+    """Return how many times as fast as `over` each implementation is."""
+    return lambda results, key, name: number(results.speedup(key, name, over), times=True)
 
 
-def peer_tables(results: Results) -> str:
-    """Return a table for each case: µs, GB/s, share of the memory limit, and against optcore."""
+TIME_COLUMNS: dict[str, Column] = {
+    "µs": lambda results, key, name: number(results.time(key, name)),
+    "GB/s": lambda results, key, name: number(results.bandwidth(key, name)),
+}
+COLUMNS: dict[str, dict[str, Column]] = {
+    "engine": TIME_COLUMNS | {
+        "against NumPy out=": ratio_over(OUT),
+        "against NumPy literal": ratio_over(LITERAL),
+    },
+    "peers": TIME_COLUMNS | {
+        "of the limit": lambda results, key, name: number(results.speedup(key, name, LIMIT)),
+        "optcore, step() is": lambda results, key, name: number(
+            results.speedup(key, STEP, name), times=True
+        ),
+    },
+}
+
+
+def all_tables(results: Results, suite: str) -> str:
+    """Return a table for each case: every implementation, the limit first, then by time."""
+    columns = COLUMNS[suite]
     parts = []
     for key, case in results.cases.items():
-        order = sorted(case, key=lambda name: (name != LIMIT, results.time(key, name)))
+        names = sorted(case, key=lambda name: (name != LIMIT, results.time(key, name)))
         parts.append(f"**{case_title(key)}**\n")
         parts.append(table(
-            ["implementation", "µs", "GB/s", "of the limit", "optcore, step() is"],
-            [
-                [
-                    name, number(results.time(key, name)), number(results.bandwidth(key, name)),
-                    number(results.speedup(key, name, LIMIT)),
-                    number(results.speedup(key, STEP, name), times=True),
-                ]
-                for name in order
-            ],
+            ["implementation", *columns],
+            [[name, *[cell(results, key, name) for cell in columns.values()]] for name in names],
         ))
     return "\n".join(parts)
 
@@ -234,7 +235,7 @@ def summary_table(results: Results) -> str:
             ])
     return table(
         [
-            "µs per step", "NumPy as written", "NumPy `out=`", "optcore function",
+            "µs per step, one thread", "NumPy as written", "NumPy `out=`", "optcore function",
             "optcore `step()`", "against written", "against `out=`", "GB/s",
         ],
         rows,
@@ -281,7 +282,7 @@ def footnote(summary: dict[str, Any]) -> str:
     return (
         f"*{machine['CPU']}, {machine['cores']} cores, {machine['caches']}; "
         f"NumPy {machine['NumPy']}, optcore {machine['optcore']}; {machine['date']}; "
-        "medians, float32, one thread.*\n"
+        "medians, float32.*\n"
     )
 
 
@@ -302,12 +303,11 @@ def document(summary: dict[str, Any], results: Results) -> str:
         parts.append("A quick run: few sizes and repeats, figures to be taken as hints.\n")
     parts += ["### Targets\n", target_table(results, suite)]
     if suite == "engine":
-        parts += ["### In short\n", summary_table(results), "### All results\n"]
-        parts.append(engine_tables(results))
+        parts += ["### In short\n", summary_table(results)]
     else:
         parts += ["### Whole models\n", model_table(results)]
         parts += ["### Where a peer wins\n", wins_of_peers(results)]
-        parts += ["### All results\n", peer_tables(results)]
+    parts += ["### All results\n", all_tables(results, suite)]
     return "\n".join(parts)
 
 

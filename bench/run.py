@@ -22,6 +22,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, models and repeats")
     parser.add_argument("--repeats", type=int, help="times that each case is measured")
+    parser.add_argument("--only", metavar="EXPRESSION", help="a selection, as pytest's -k")
     parser.add_argument("--readme", type=Path, help="file with markers for the short table")
     parser.add_argument("--docs", type=Path, help="file with markers for the full tables")
     parser.add_argument(
@@ -58,8 +59,9 @@ def measure(
             f"--benchmark-json={output}", "--benchmark-min-rounds=3",
             f"--benchmark-max-time={0.02 if quick else 0.05}",
         ]
+        command += ["--quick"] * quick + (["-k", arguments.only] if arguments.only else [])
         done = subprocess.run(
-            command + ["--quick"] * quick, env=environment(threads, os.cpu_count()), check=False
+            command, env=environment(threads, os.cpu_count()), check=False
         )
         if done.returncode not in (0, 1) or not output.exists():
             sys.exit(f"the {suite} suite could not run; nothing was written")
