@@ -26,6 +26,7 @@ def describe() -> dict[str, Any]:
         "Python": platform.python_version(),
         "NumPy": np.__version__,
         "optcore": f"{core['optcore']} ({core['compiler']}, {core['simd used']})",
+        "load before": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "date": date.today().isoformat(),
     }
 

@@ -75,12 +75,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     results = out / f"{suite}.json"
     if not arguments.report_only:
+        machine = describe()            # before the run adds to the load
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         counts = [1] if suite == "engine" else sorted({1, cores})
         runs = [measure(suite, threads, arguments) for threads in counts]
         rows = [row for some, _ in runs for row in some]
         agreed = all(agreed for _, agreed in runs)
-        summary = {"suite": suite, "quick": arguments.quick, "machine": describe(), "rows": rows}
+        summary = {"suite": suite, "quick": arguments.quick, "machine": machine, "rows": rows}
         if suite == "peers":
             import peers
 
