@@ -18,6 +18,8 @@ HUGE_PAGE = 2 << 20
 FLAGS = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
 # The first that the compiler takes. GCC prefers 32-byte vectors on CPUs it does not know.
 EXTRAS = [["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], []]
+# A parallel region costs a microsecond or two: below this many elements one thread is faster.
+THREADED_FROM = 100_000
 SOURCE = Path(__file__).with_name("limit.c")
 
 
@@ -70,12 +72,13 @@ def limit_contender(folder: Path) -> Contender:
         n = count_of(case.workload)
         columns, memory = _columns({3: 2, 5: 3, 9: 4}[streams], n, case.dtype)
         pointers = (ctypes.c_void_p * 4)(*[column.ctypes.data for column in columns])
-        norms = np.zeros(64 * case.threads, case.dtype)      # each thread's on lines of its own
+        threads = case.threads if n >= THREADED_FROM else 1
+        norms = np.zeros(64 * threads, case.dtype)      # each thread's on lines of its own
         calls = max(1, min(1000, 1_000_000 // n))
 
         def step() -> None:
             kernel(
-                ctypes.c_int(streams), pointers, ctypes.c_size_t(n), ctypes.c_int(case.threads),
+                ctypes.c_int(streams), pointers, ctypes.c_size_t(n), ctypes.c_int(threads),
                 ctypes.c_int(calls), ctypes.c_void_p(norms.ctypes.data),
             )
 
