@@ -1,0 +1,80 @@
+"""How a case is measured: its implementations in turn, several times over, checked first."""
+from __future__ import annotations
+
+import gc
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from cases import Arrays
+
+import optcore
+
+# One round of a fast step lasts at least this long; the clock and the loop around it cost
+# some 50 ns a round and a call.
+ROUND_SECONDS = 200e-6
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("optcore")
+    group.addoption("--quick", action="store_true", help="fewer sizes and models")
+    group.addoption("--repeats", type=int, default=3, help="times that each case is measured")
+    group.addoption("--threads", type=int, default=1, help="threads of this run")
+    group.addoption(
+        "--build-folder", type=Path, default=Path("build/bench"), help="where C code is built"
+    )
+
+
+@lru_cache(maxsize=1)
+def arrays_of(case):
+    """Return the arrays of the case being measured; those of the last one are freed."""
+    return Arrays(case)
+
+
+@lru_cache(maxsize=1)
+def checked(case):
+    """Return the names of a case's contenders that have proved equal to the reference."""
+    return set()
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    """Check a contender against the reference, then time it: ``measure(case, repeat, it)``."""
+
+    def run(case, repeat, contender, *, verify=True):
+        arrays = arrays_of(case)
+        benchmark.group = f"{case.job} {case.workload} {case.dtype} {case.threads}"
+        optcore.set_num_threads(case.threads)
+        arrays.reset()
+        with contender.at_level():
+            it = contender.build(case, arrays)
+            if verify and contender.name not in checked(case):
+                arrays.check(it, exact=contender.exact)
+                checked(case).add(contender.name)
+            benchmark(it.step)
+        benchmark.extra_info.update(
+            vars(case), repeat=repeat, contender=contender.name, calls=it.calls,
+            n_bytes=case.n_bytes,
+        )
+        it.close()
+        del it
+        gc.collect()        # before the next contender allocates: some own cycles of tensors
+
+    return run
+
+
+def pytest_configure(config):
+    config.option.benchmark_disable_gc = True
+    config.option.benchmark_min_time = ROUND_SECONDS
+    config.option.benchmark_quiet = True
+
+
+def pytest_collection_finish(session):
+    """Keep what the imports left out of every later collection: it is most of the heap."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """Leave out who owns the machine and what it is called."""
+    machine_info.clear()

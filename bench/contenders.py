@@ -1,0 +1,254 @@
+"""Who is measured in both suites: NumPy as it is written by hand, and optcore."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from cases import (
+    EMA_DECAY,
+    LR,
+    MAX_NORM,
+    MOMENTUM,
+    PIPELINE,
+    WEIGHT_DECAY,
+    Arrays,
+    Case,
+    Run,
+)
+from shapes import MODELS
+
+import optcore
+from optcore.runtime import simd, simd_levels_available
+
+LITERAL = "NumPy, literal"
+OUT = "NumPy, out="
+FUNCTION = "optcore, function"
+STEP = "optcore, step()"
+STEP_LIST = "optcore, step(list)"
+ALONE = "optcore, step(), one thread"
+LIMIT = "memory limit"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An implementation: how to set it up, and what it can do."""
+
+    name: str
+    build: Callable[[Case, Arrays], Run]
+    jobs: tuple[str, ...] | None = None         # None: all
+    vectors: bool = False                       # single vectors only
+    exact: bool = False                         # the reference's bits, not merely its values
+    threaded: bool = False                      # worth measuring with all threads
+    level: str | None = None                    # SIMD level to run at
+
+    def takes(self, case: Case) -> bool:
+        """Return whether it can step the case, and would not repeat a one-thread run."""
+        return (
+            (self.jobs is None or case.job in self.jobs)
+            and (self.threaded or case.threads == 1)
+            and not (self.vectors and case.workload in MODELS)
+        )
+
+    @contextmanager
+    def at_level(self) -> Iterator[None]:
+        """Run the body at this contender's SIMD level."""
+        if self.level is None:
+            yield
+        else:
+            with simd(self.level):
+                yield
+
+
+# NumPy as the lecture writes it. Lists stand for a model's arrays; Python floats are what a
+# user writes. The velocity is a new array each time, as `v = …` makes it.
+
+def literal_sgd(x, g, v):
+    for i in range(len(x)):
+        x[i] -= LR * g[i]
+
+
+def literal_momentum(x, g, v):
+    for i in range(len(x)):
+        v[i] = MOMENTUM * v[i] + g[i]
+        x[i] -= LR * v[i]
+
+
+def literal_momentum_lr_in_velocity(x, g, v):
+    for i in range(len(x)):
+        v[i] = MOMENTUM * v[i] - LR * g[i]
+        x[i] += v[i]
+
+
+def literal_nesterov(x, g, v):
+    for i in range(len(x)):
+        old = v[i]
+        v[i] = MOMENTUM * v[i] - LR * g[i]
+        x[i] += -MOMENTUM * old + (1 + MOMENTUM) * v[i]
+
+
+def literal_pipeline(x, g, v, e):
+    norm = np.sqrt(sum(float(np.vdot(gi, gi)) for gi in g))
+    scale = min(1.0, MAX_NORM / (float(norm) + 1e-6))
+    for i in range(len(x)):
+        d = scale * g[i] + WEIGHT_DECAY * x[i]
+        v[i] = MOMENTUM * v[i] + d
+        x[i] -= LR * (d + MOMENTUM * v[i])
+        e[i] = EMA_DECAY * e[i] + (1 - EMA_DECAY) * x[i]
+        g[i][...] = 0
+
+
+# NumPy without allocation, one tensor: every intermediate goes to an array that exists. `s` is
+# scratch in the shape of the parameter, and all of a model's are views of one.
+
+def out_sgd(x, g, s):
+    np.multiply(g, LR, out=s)
+    np.subtract(x, s, out=x)
+
+
+def out_momentum(x, g, v, s):
+    np.multiply(v, MOMENTUM, out=v)
+    np.add(v, g, out=v)
+    np.multiply(v, LR, out=s)
+    np.subtract(x, s, out=x)
+
+
+def out_momentum_lr_in_velocity(x, g, v, s):
+    np.multiply(g, LR, out=s)
+    np.multiply(v, MOMENTUM, out=v)
+    np.subtract(v, s, out=v)
+    np.add(x, v, out=x)
+
+
+def out_nesterov(x, g, v, s):
+    np.multiply(v, MOMENTUM, out=v)
+    np.add(v, g, out=v)
+    np.multiply(v, MOMENTUM, out=s)
+    np.add(g, s, out=s)
+    np.multiply(s, LR, out=s)
+    np.subtract(x, s, out=x)
+
+
+def out_nesterov_lr_in_velocity(x, g, v, s):
+    # The lecture's form, for ρ·v − α·g would need α·g a second time, or a second scratch array.
+    np.multiply(v, MOMENTUM, out=s)
+    np.subtract(x, s, out=x)
+    np.multiply(g, LR, out=v)
+    np.subtract(s, v, out=v)
+    np.multiply(v, 1 + MOMENTUM, out=s)
+    np.add(x, s, out=x)
+
+
+def out_pipeline(tensors):
+    norm = np.sqrt(sum([float(np.vdot(g, g)) for _, g, *_ in tensors]))
+    scale = min(1.0, MAX_NORM / (float(norm) + 1e-6))
+    for x, g, v, s, e in tensors:
+        np.multiply(g, scale, out=g)
+        np.multiply(x, WEIGHT_DECAY, out=s)
+        np.add(g, s, out=g)
+        out_nesterov(x, g, v, s)
+        np.multiply(e, EMA_DECAY, out=e)
+        np.multiply(x, 1 - EMA_DECAY, out=s)
+        np.add(e, s, out=e)
+        g.fill(0)
+
+
+LITERALS = {
+    "sgd": literal_sgd,
+    "momentum": literal_momentum,
+    "momentum_lr_in_velocity": literal_momentum_lr_in_velocity,
+    "nesterov": literal_nesterov,
+    "nesterov_lr_in_velocity": literal_nesterov,
+    PIPELINE: literal_pipeline,
+}
+OUTS = {
+    "sgd": out_sgd,
+    "momentum": out_momentum,
+    "momentum_lr_in_velocity": out_momentum_lr_in_velocity,
+    "nesterov": out_nesterov,
+    "nesterov_lr_in_velocity": out_nesterov_lr_in_velocity,
+}
+
+
+def build_literal(case: Case, arrays: Arrays) -> Run:
+    velocity = arrays.zeros() if case.rule.has_velocity else []
+    averages = [arrays.copies()] if case.pipeline else []
+    step = partial(LITERALS[case.job], arrays.x, arrays.g, velocity, *averages)
+    return Run(step, lambda: arrays.x, lambda: averages[0] if averages else ())
+
+
+def build_out(case: Case, arrays: Arrays) -> Run:
+    scratch = np.empty(max(x.size for x in arrays.x), case.dtype)
+    columns = [arrays.x, arrays.g]
+    if case.rule.has_velocity:
+        columns.append(arrays.zeros())
+    columns.append([scratch[: x.size].reshape(x.shape) for x in arrays.x])
+    if case.pipeline:
+        averages = arrays.copies()
+        tensors = list(zip(*columns, averages, strict=True))
+        return Run(partial(out_pipeline, tensors), lambda: arrays.x, lambda: averages)
+    tensors = list(zip(*columns, strict=True))
+    one = OUTS[case.job]
+    if len(tensors) == 1:
+        return Run(partial(one, *tensors[0]), lambda: arrays.x)
+
+    def step() -> None:
+        for tensor in tensors:
+            one(*tensor)
+
+    return Run(step, lambda: arrays.x)
+
+
+def build_function(case: Case, arrays: Arrays) -> Run:
+    """Call the functional API on one array, with the keywords a user would write."""
+    (x,), (g,) = arrays.x, arrays.g
+    entry = partial(case.rule.entry, x, g, lr=LR)
+    if case.rule.has_velocity:
+        entry = partial(entry, np.zeros_like(x), momentum=MOMENTUM)
+    if case.rule.lr_in_velocity:
+        entry = partial(entry, lr_in_velocity=True)
+    return Run(entry, lambda: [x])
+
+
+def build_step(case: Case, arrays: Arrays) -> Run:
+    """Step with gradients bound at construction."""
+    opt = optcore.SGD(arrays.x, grads=arrays.g, **case.sgd_options)
+    step = partial(opt.step, zero_grad=True) if case.pipeline else opt.step
+    return Run(step, lambda: arrays.x, lambda: opt.ema or ())
+
+
+def build_step_list(case: Case, arrays: Arrays) -> Run:
+    """Step with gradients handed over in a list each time."""
+    opt = optcore.SGD(arrays.x, **case.sgd_options)
+    zero = {"zero_grad": True} if case.pipeline else {}
+    return Run(
+        partial(opt.step, arrays.g, **zero), lambda: arrays.x, lambda: opt.ema or ()
+    )
+
+
+def build_alone(case: Case, arrays: Arrays) -> Run:
+    """Step on one thread where all others use many: what threads gain, in the same minute."""
+    optcore.set_num_threads(1)
+    return build_step(case, arrays)
+
+
+NUMPY = [Contender(LITERAL, build_literal), Contender(OUT, build_out)]
+
+# The best level's name is that of the API alone, so that both suites and the targets share it.
+ENGINE = NUMPY + [
+    Contender(
+        name + (f", {level}" if level != simd_levels_available()[-1] else ""),
+        build, exact=True, level=level,
+    )
+    for level in simd_levels_available()
+    for name, build in [(FUNCTION, build_function), (STEP, build_step)]
+]
+
+OPTCORE = [
+    Contender(STEP, build_step, exact=True, threaded=True),
+    Contender(STEP_LIST, build_step_list, exact=True, threaded=True),
+    Contender(FUNCTION, build_function, vectors=True, exact=True, threaded=True),
+]
+OPTCORE_ALONE = Contender(ALONE, build_alone, exact=True, threaded=True)

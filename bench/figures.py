@@ -1,0 +1,123 @@
+"""The pictures: colours that the colour-blind tell apart, and a marker for each line besides."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from contenders import FUNCTION, LIMIT, LITERAL, OUT, STEP
+from matplotlib.figure import Figure
+from shapes import MODELS
+
+if TYPE_CHECKING:
+    from report import Key, Results
+
+# Okabe and Ito's palette: https://jfly.uni-koeln.de/color/
+ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+)
+INK, FAINT = "#222222", "#8A8A8A"
+JOBS = {"sgd": "SGD", "momentum": "momentum", "nesterov": "Nesterov"}
+
+# optcore is drawn over all others; what belongs together shares a colour.
+STYLES = {
+    LITERAL: (FAINT, "v", "--"),
+    OUT: (FAINT, "o", "-"),
+    "PyTorch, for-loop": (ORANGE, "v", ":"),
+    "PyTorch, foreach": (ORANGE, "s", "--"),
+    "PyTorch, fused": (ORANGE, "o", "-"),
+    "Numba, fastmath": (GREEN, "D", "-"),
+    "JAX + optax, donated": (PINK, "P", "-"),
+    "BLAS saxpy": (SKY, "X", "-"),
+    FUNCTION: (RED, "s", "--"),
+    STEP: (BLUE, "o", "-"),
+}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+
+
+def _caption(machine: dict[str, Any]) -> str:
+    return f"{machine['CPU']}, {machine['caches']}; optcore {machine['optcore']}; {machine['date']}"
+
+
+def _points(results: Results, keys: list[Key], name: str) -> tuple[list[int], list[float]]:
+    found = [
+        (int(float(key[1])), value) for key in keys
+        if (value := results.bandwidth(key, name)) is not None
+    ]
+    found.sort()
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _vectors(results: Results, job: str, dtype: str, threads: int) -> list[Key]:
+    return [
+        key for key in results.cases
+        if key[0] == job and key[2:] == (dtype, threads) and key[1] not in MODELS
+    ]
+
+
+def _panels(results: Results, machine: dict[str, Any], rows: list[tuple[str, int]], title: str,
+            path: Path) -> None:
+    """Draw GB/s over length: a column for each rule, a row for each (dtype, threads)."""
+    with mpl.rc_context(STYLE):
+        height = 1.5 + 2.7 * len(rows)
+        figure = Figure(figsize=(11, height), layout="constrained")
+        grid = figure.subplots(len(rows), len(JOBS), sharex=True, sharey="row", squeeze=False)
+        handles = {}
+        for line, (dtype, threads) in zip(grid, rows, strict=True):
+            for axes, (job, label) in zip(line, JOBS.items(), strict=True):
+                keys = _vectors(results, job, dtype, threads)
+                plural = "s" if threads > 1 else ""
+                axes.set_title(f"{label}, {dtype}, {threads} thread{plural}")
+                axes.set_xscale("log")
+                axes.set_yscale("log")
+                axes.grid(visible=True, color="#E6E6E6", linewidth=0.6)
+                axes.set_axisbelow(True)
+                x, y = _points(results, keys, LIMIT)
+                if x:
+                    handles[LIMIT], = axes.plot(x, y, color=INK, linewidth=1.2, label=LIMIT)
+                    axes.fill_between(x, y, max(y) * 3, color="#F1F1F1", zorder=0)
+                for name, (color, marker, dashes) in STYLES.items():
+                    x, y = _points(results, keys, name)
+                    if x:
+                        ours = name == STEP
+                        handles[name], = axes.plot(
+                            x, y, dashes, color=color, marker=marker, label=name,
+                            markersize=5 if ours else 4, linewidth=2 if ours else 1.1,
+                            zorder=3 if ours else 2,
+                        )
+            line[0].set_ylabel("GB/s of the least traffic")
+        for axes in grid[-1]:
+            axes.set_xlabel("parameters")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center",
+            ncols=min(len(handles), 6),
+        )
+        figure.text(0.99, 0.985, _caption(machine), ha="right", va="top", color=FAINT, fontsize=7)
+        figure.savefig(path, dpi=130)
+
+
+def engine_figure(results: Results, machine: dict[str, Any], path: Path) -> None:
+    """Draw optcore at its best SIMD level against NumPy."""
+    dtypes = sorted({key[2] for key in results.cases})
+    _panels(results, machine, [(dtype, 1) for dtype in dtypes], "One step, one thread", path)
+
+
+def roofline_figure(results: Results, machine: dict[str, Any], path: Path) -> None:
+    """Draw every implementation under the memory limit."""
+    threads = sorted({key[3] for key in results.cases})
+    _panels(
+        results, machine, [("float32", n) for n in threads], "One step under the memory limit", path
+    )

@@ -1,0 +1,87 @@
+"""The memory limit as a contender: `limit.c`, compiled here and loaded with ctypes."""
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from cases import STREAMS, Arrays, Case, Run, count_of
+from contenders import LIMIT, Contender
+
+HUGE_PAGE = 2 << 20
+FLAGS = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+# The first that the compiler takes. GCC prefers 32-byte vectors on CPUs it does not know.
+EXTRAS = [["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], []]
+# A parallel region costs a microsecond or two: below this many elements one thread is faster.
+THREADED_FROM = 100_000
+SOURCE = Path(__file__).with_name("limit.c")
+
+
+class NoCompilerError(RuntimeError):
+    """There is no compiler to build the limit's kernel with."""
+
+
+@cache
+def library(folder: Path) -> ctypes.CDLL:
+    """Compile the kernel, with OpenMP and the widest vectors it takes."""
+    compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        raise NoCompilerError(f"no C compiler named {compiler}")
+    folder.mkdir(parents=True, exist_ok=True)
+    built = folder / f"limit-{os.getpid()}.so"
+    for extra in EXTRAS:
+        done = subprocess.run(
+            [compiler, *FLAGS, *extra, str(SOURCE), "-o", str(built)],
+            capture_output=True, text=True, check=False,
+        )
+        if done.returncode == 0:
+            return ctypes.CDLL(str(built))
+    raise NoCompilerError(done.stderr.strip().splitlines()[-1])
+
+
+def _columns(count: int, n: int, dtype: str) -> tuple[list[np.ndarray], mmap.mmap]:
+    """Return zeroed arrays in 2 MiB-aligned memory with huge pages advised."""
+    itemsize = np.dtype(dtype).itemsize
+    pitch = -(-n * itemsize // HUGE_PAGE) * HUGE_PAGE
+    memory = mmap.mmap(-1, count * pitch + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    base = np.frombuffer(memory, np.uint8)
+    start = -base.ctypes.data % HUGE_PAGE
+    columns = [
+        np.frombuffer(memory, dtype, count=n, offset=start + i * pitch)
+        for i in range(count)
+    ]
+    for column in columns:
+        column.fill(0.5)
+    return columns, memory
+
+
+def limit_contender(folder: Path) -> Contender:
+    """Return the limit as one more implementation, measured next to the others."""
+
+    def build(case: Case, arrays: Arrays) -> Run:
+        kernel = getattr(library(folder), f"limit_{case.dtype}")
+        streams = STREAMS[case.job if case.pipeline else case.rule.name]
+        n = count_of(case.workload)
+        columns, memory = _columns({3: 2, 5: 3, 9: 4}[streams], n, case.dtype)
+        pointers = (ctypes.c_void_p * 4)(*[column.ctypes.data for column in columns])
+        threads = case.threads if n >= THREADED_FROM else 1
+        norms = np.zeros(64 * threads, case.dtype)      # each thread's on lines of its own
+        calls = max(1, min(1000, 1_000_000 // n))
+
+        def step() -> None:
+            kernel(
+                ctypes.c_int(streams), pointers, ctypes.c_size_t(n), ctypes.c_int(threads),
+                ctypes.c_int(calls), ctypes.c_void_p(norms.ctypes.data),
+            )
+
+        return Run(step, lambda: columns[:1], calls=calls, close=lambda: memory)
+
+    return Contender(LIMIT, build, threaded=True)

@@ -1,0 +1,266 @@
+"""Other optimizers, each the fastest way its documentation offers; absent ones say so."""
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from functools import cache, partial
+
+import numpy as np
+from cases import (
+    EMA_DECAY,
+    LR,
+    MAX_NORM,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Arrays,
+    Case,
+    Run,
+)
+from contenders import Contender
+
+# Modules a peer needs, and the distributions whose versions a report gives.
+MODULES = {"PyTorch": ["torch"], "Numba": ["numba"], "JAX": ["jax", "optax"], "BLAS": ["scipy"]}
+
+
+def missing(modules: list[str]) -> list[str]:
+    """Return those that cannot be imported."""
+    absent = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            absent.append(module)
+    return absent
+
+
+def versions() -> dict[str, str]:
+    """Return the version of every peer's distribution, or "absent"."""
+    found = {}
+    for module in sorted({module for modules in MODULES.values() for module in modules}):
+        try:
+            found[module] = importlib.metadata.version(module)
+        except importlib.metadata.PackageNotFoundError:
+            found[module] = "absent"
+    return found
+
+
+# PyTorch
+
+def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Run:
+    import torch
+    from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+    params = [torch.from_numpy(x).requires_grad_() for x in arrays.x]
+    for param, g in zip(params, arrays.g, strict=True):
+        param.grad = torch.from_numpy(g)
+    opt = torch.optim.SGD(
+        params, lr=LR, momentum=MOMENTUM if case.rule.has_velocity else 0,
+        nesterov=case.rule.name == "nesterov",
+        weight_decay=WEIGHT_DECAY if case.pipeline else 0,
+        foreach=implementation == "foreach",
+        fused=implementation == "fused",
+    )
+    if not case.pipeline:
+        return Run(opt.step, lambda: arrays.x)
+    averages = [param.detach().clone() for param in params]
+    average = get_ema_multi_avg_fn(EMA_DECAY)
+    clip = partial(
+        torch.nn.utils.clip_grad_norm_, params, MAX_NORM, foreach=implementation is not None
+    )
+
+    def step() -> None:
+        clip()
+        opt.step()
+        average(averages, params, None)
+        opt.zero_grad(set_to_none=False)
+
+    return Run(step, lambda: arrays.x, lambda: [e.numpy() for e in averages])
+
+
+# Numba: one fused loop a tensor, as one writes it by hand; the threaded form where it pays.
+
+NUMBA_THREADED_FROM = 100_000
+
+
+@cache
+def numba_loops(*, parallel: bool) -> dict[str, Callable[..., object]]:
+    from numba import njit, prange
+
+    compiled = njit(fastmath=True, parallel=parallel, nogil=True)
+
+    @compiled
+    def sgd(x, g, lr):
+        for i in prange(x.size):
+            x[i] -= lr * g[i]
+
+    @compiled
+    def momentum(x, g, v, lr, rho):
+        for i in prange(x.size):
+            v[i] = rho * v[i] + g[i]
+            x[i] -= lr * v[i]
+
+    @compiled
+    def nesterov(x, g, v, lr, rho):
+        for i in prange(x.size):
+            v[i] = rho * v[i] + g[i]
+            x[i] -= lr * (g[i] + rho * v[i])
+
+    @compiled
+    def squares(g):
+        total = 0.0
+        for i in prange(g.size):
+            total += g[i] * g[i]
+        return total
+
+    @compiled
+    def pipeline(x, g, v, e, lr, rho, scale, decay, keep, blend):
+        for i in prange(x.size):
+            d = scale * g[i] + decay * x[i]
+            v[i] = rho * v[i] + d
+            x[i] -= lr * (d + rho * v[i])
+            e[i] = keep * e[i] + blend * x[i]
+            g[i] = 0
+
+    return {f.__name__: f for f in (sgd, momentum, nesterov, squares, pipeline)}
+
+
+def build_numba(case: Case, arrays: Arrays) -> Run:
+    number = np.dtype(case.dtype).type
+    velocity = arrays.zeros() if case.rule.has_velocity else [None] * len(arrays.x)
+    averages = arrays.copies() if case.pipeline else [None] * len(arrays.x)
+    loops, rows = [], []
+    for tensor in zip(arrays.x, arrays.g, velocity, averages, strict=True):
+        loops.append(numba_loops(
+            parallel=case.threads > 1 and tensor[0].size >= NUMBA_THREADED_FROM
+        ))
+        rows.append([a.reshape(-1) for a in tensor if a is not None])
+    scalars = [number(LR)] + [number(MOMENTUM)] * case.rule.has_velocity
+    calls = [
+        (loop["pipeline" if case.pipeline else case.rule.name], row)
+        for loop, row in zip(loops, rows, strict=True)
+    ]
+    if not case.pipeline:
+        def step() -> None:
+            for loop, row in calls:
+                loop(*row, *scalars)
+
+        return Run(step, lambda: arrays.x)
+
+    norms = [(loop["squares"], row[1]) for loop, row in zip(loops, rows, strict=True)]
+    blend = [number(WEIGHT_DECAY), number(EMA_DECAY), number(1 - EMA_DECAY)]
+
+    def step() -> None:
+        norm = np.sqrt(sum([loop(g) for loop, g in norms]))
+        scale = number(min(1.0, MAX_NORM / (norm + 1e-6)))
+        for loop, row in calls:
+            loop(*row, *scalars, scale, *blend)
+
+    return Run(step, lambda: arrays.x, lambda: averages)
+
+
+# JAX and optax: donated arrays, so that XLA may update them in place. They are JAX's own.
+
+@cache
+def jax_step(job: str) -> tuple[Callable[..., object], Callable[..., object]]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    case = Case(job, "1")
+    rule = optax.sgd(
+        LR, momentum=MOMENTUM if case.rule.has_velocity else None,
+        nesterov=case.rule.name == "nesterov",
+    )
+    if case.pipeline:
+        rule = optax.chain(
+            optax.clip_by_global_norm(MAX_NORM), optax.add_decayed_weights(WEIGHT_DECAY), rule
+        )
+
+    def step(params, grads, state, averages):
+        updates, state = rule.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if case.pipeline:
+            averages = optax.incremental_update(params, averages, 1 - EMA_DECAY)
+            grads = jax.tree.map(jnp.zeros_like, grads)
+        return params, grads, state, averages
+
+    return rule.init, jax.jit(step, donate_argnums=(0, 1, 2, 3))
+
+
+def build_jax(case: Case, arrays: Arrays) -> Run:
+    import jax
+    import jax.numpy as jnp
+
+    init, step = jax_step(case.job)
+    copies = [[jnp.array(a) for a in arrays_] for arrays_ in (arrays.x, arrays.g)]
+    averages = [jnp.array(a) for a in arrays.x] if case.pipeline else []
+    held = [*copies, init(copies[0]), averages]
+
+    def run() -> None:
+        held[:] = step(*held)
+        jax.block_until_ready(held)
+
+    return Run(run, lambda: held[0], lambda: held[3])
+
+
+# BLAS
+
+def build_axpy(case: Case, arrays: Arrays) -> Run:
+    from scipy.linalg.blas import saxpy
+
+    pairs = [(g.reshape(-1), x.reshape(-1)) for g, x in zip(arrays.g, arrays.x, strict=True)]
+
+    def step() -> None:
+        for g, x in pairs:
+            saxpy(g, x, a=-LR)
+
+    return Run(step, lambda: arrays.x)
+
+
+_CANDIDATES = {
+    "PyTorch": [
+        Contender("PyTorch, for-loop", partial(build_torch, implementation=None), threaded=True),
+        *[
+            Contender(
+                f"PyTorch, {name}", partial(build_torch, implementation=name), threaded=True
+            )
+            for name in ("foreach", "fused")
+        ],
+    ],
+    "Numba": [Contender("Numba, fastmath", build_numba, threaded=True)],
+    "JAX": [Contender("JAX + optax, donated", build_jax, threaded=True)],
+    "BLAS": [Contender("BLAS saxpy", build_axpy, jobs=("sgd",), threaded=True)],
+}
+NAMES = [contender.name for group in _CANDIDATES.values() for contender in group]
+
+
+def installed() -> list[Contender]:
+    """Return the peers that can be measured here."""
+    return [
+        contender
+        for peer, contenders in _CANDIDATES.items() if not missing(MODULES[peer])
+        for contender in contenders
+    ]
+
+
+def absent() -> dict[str, list[str]]:
+    """Return the peers that cannot, and the modules each lacks."""
+    return {peer: lacks for peer, modules in MODULES.items() if (lacks := missing(modules))}
+
+
+def set_threads(n: int) -> None:
+    """Give every peer that can be told `n` threads; JAX is told before it starts, by run.py."""
+    if not missing(["torch"]):
+        import torch
+
+        torch.set_num_threads(n)
+    if not missing(["numba"]):
+        import numba
+
+        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    if not missing(["scipy", "threadpoolctl"]):
+        import scipy.linalg.blas  # noqa: F401  loads the BLAS that is to be limited
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(n, user_api="blas")
