@@ -7,9 +7,12 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from threadpoolctl import threadpool_limits
 
 if __package__ in (None, ""):   # run as a script: the package is the folder this file is in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,11 +27,11 @@ from lecture import (
     noise,
     page,
     saddles,
+    style,
 )
 from lecture.claims import Check, Picture, Story
 
 ROWS = (conditioning, saddles, noise, momentum, nesterov, comparison)
-RACE = "row6-race"
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "lecture.md"
 BEGIN, END = "<!-- glance: written by build.py --docs -->", "<!-- end of glance -->"
 
@@ -57,13 +60,14 @@ def build(out: Path, *, seeds: int = network.SEEDS, console: Console | None = No
     checks: list[Check] = []
     bar = Progress(TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(),
                    TimeElapsedColumn(), console=console)
-    with bar:
+    # Arrays this small gain nothing from more threads of BLAS, and lose much where cores are few.
+    with bar, threadpool_limits(1):
         task = bar.add_task("", total=2 * len(ROWS) + 1 + seeds + 1 + 1)
 
         def begin(what: str) -> None:
             bar.update(task, description=what)
 
-        def add(row: object, numbers: dict, **more: object) -> None:
+        def add(row: ModuleType, numbers: dict[str, Any], extra: str = "") -> list[Picture]:
             pictures = row.figures(numbers)
             claims = row.checks(numbers)
             begin(f"Drawing {pictures[0].name.partition('-')[0]}")
@@ -71,26 +75,25 @@ def build(out: Path, *, seeds: int = network.SEEDS, console: Console | None = No
                 save(picture, out)
             stories.append(row.story(numbers))
             checks.extend(claims)
-            sections.append(page.section(stories[-1], pictures, claims, **more))
+            sections.append(page.section(stories[-1], pictures, claims, extra))
             bar.advance(task)
+            return pictures
 
         for row in ROWS:
             begin(f"Measuring {row.__name__.rpartition('.')[2]}")
             numbers = row.measured()
             bar.advance(task)
-            moving = {}
-            if row is comparison:
-                begin("Animating row 6")
-                comparison.animate(numbers, out / f"{RACE}.gif")
-                bar.advance(task)
-                moving = {RACE: f"{RACE}.gif"}
-            add(row, numbers, moving=moving)
+            race = add(row, numbers)[0]   # the last row's first picture
+        begin("Animating row 6")
+        comparison.animate(numbers, out / f"{race.name}.gif")
+        bar.advance(task)
         begin("Training the network")
         numbers = network.measured(seeds=seeds, progress=lambda: bar.advance(task))
         head, *rows = network.table(numbers)
-        add(network, numbers, moving={}, extra=page.table(head, rows))
+        add(network, numbers, page.table(head, rows))
         begin("Writing the page")
-        html = page.page(stories, sections, checks, optcore.__version__)
+        html = page.page(stories, sections, checks, hero=page.animation(race),
+                         version=optcore.__version__)
         (out / "index.html").write_text(html, encoding="utf-8")
         results = [{**asdict(check), "holds": check.holds} for check in checks]
         (out / "numbers.json").write_text(
@@ -102,6 +105,7 @@ def build(out: Path, *, seeds: int = network.SEEDS, console: Console | None = No
 
 def save(picture: Picture, out: Path) -> None:
     """Write a figure as SVG for the page and as PNG for everywhere else."""
+    style.freeze(picture.figure)
     picture.figure.savefig(out / f"{picture.name}.svg", metadata={"Date": None})
     picture.figure.savefig(out / f"{picture.name}.png")
 

@@ -1,11 +1,25 @@
 """What a row hands over: checks, figures and words."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float, digits: int = 5) -> str:
+    """Return a number as a reader writes it: 1.3·10⁻⁶ and not 1.3e-06."""
+    if not math.isfinite(value):
+        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
+    mantissa, e, power = f"{value:.{digits}g}".partition("e")
+    if e:
+        mantissa += f"·10{str(int(power)).translate(_SUPERSCRIPT)}"
+    return mantissa.replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,9 @@ class Check:
     def holds(self) -> bool:
         """Whether the claim is true; NaN is not."""
         difference = self.measured - self.theory
-        return bool(difference <= self.tolerance and (self.at_most or -difference <= self.tolerance))
+        if not self.at_most:
+            difference = abs(difference)
+        return bool(difference <= self.tolerance)
 
 
 def relative(group: str, claim: str, measured: float, theory: float, share: float,
@@ -62,15 +78,16 @@ def relative(group: str, claim: str, measured: float, theory: float, share: floa
 def absolute(group: str, claim: str, measured: float, theory: float, tolerance: float,
              *, rests_on_momentum: bool = False) -> Check:
     """Claim agreement to a fixed difference."""
-    return Check(group, claim, float(measured), float(theory), tolerance, f"±{tolerance:g}",
+    return Check(group, claim, float(measured), float(theory), tolerance, f"±{number(tolerance)}",
                  rests_on_momentum=rests_on_momentum)
 
 
 def within_errors(group: str, claim: str, measured: float, theory: float, error: float,
                   *, errors: float = 3.0, rests_on_momentum: bool = False) -> Check:
     """Claim agreement to a number of standard errors of the measurement."""
-    return Check(group, claim, float(measured), float(theory), errors * float(error),
-                 f"{errors:g} s.e. = {errors * error:.2g}", rests_on_momentum=rests_on_momentum)
+    allowed = errors * float(error)
+    return Check(group, claim, float(measured), float(theory), allowed,
+                 f"{errors:g} s.e. = {number(allowed, 2)}", rests_on_momentum=rests_on_momentum)
 
 
 def at_most(group: str, claim: str, measured: float, bound: float,
@@ -82,12 +99,16 @@ def at_most(group: str, claim: str, measured: float, bound: float,
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with the words that stand under it, and those that stand in for it."""
+    """A figure with the words that stand under it, and those that stand in for it.
+
+    With `animated` there is a GIF of the same name.
+    """
 
     name: str
     figure: Figure
     caption: str
     alt: str
+    animated: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lecture import measure, style, theory
-from lecture.claims import Check, Picture, Story, at_most, relative
+from lecture.claims import Check, Picture, Story, at_most, number, relative
 from lecture.rules import RULES, Rules
 
 ANGLE = np.deg2rad(28)
@@ -132,7 +132,7 @@ def checks(numbers: dict[str, Any]) -> list[Check]:
 
 
 def _grid_checks(grid: dict[str, np.ndarray]) -> list[Check]:
-    """Compare the whole grid with the characteristic recursion: the worst deviation of each rule."""
+    """Compare the whole grid with the characteristic recursion, by the worst deviation."""
     claims = []
     for name in ("momentum", "nesterov"):
         worst = 0.0
@@ -171,11 +171,13 @@ def _draw_race(numbers: dict[str, Any]) -> Picture:
     share = {name: 100 * race["overshoot"][0] for name, race in numbers["race"].items()}
     return Picture(
         "row6-race", figure,
-        f"α = {LR}/L, ρ = {MOMENTUM}, κ = {CURVATURES[1] / CURVATURES[0]:.0f}, {STEPS} steps. Along "
-        f"the valley momentum overshoots by {share['momentum']:.0f} % of its way, Nesterov by "
-        f"{share['nesterov']:.0f} %, SGD by {share['sgd']:.0f} %.",
-        "The lecture's picture: on a tilted bowl the black path of SGD is slow, the blue of momentum "
-        "and the green of Nesterov overshoot the minimum and come back, Nesterov's less far.",
+        f"α = {LR}/L, ρ = {MOMENTUM}, κ = {CURVATURES[1] / CURVATURES[0]:.0f}, {STEPS} steps. "
+        f"Along the valley momentum overshoots by {share['momentum']:.0f} % of its way, Nesterov "
+        f"by {share['nesterov']:.0f} %, SGD by {share['sgd']:.0f} %.",
+        "The lecture's picture: on a tilted bowl the black path of SGD is slow, the blue of "
+        "momentum and the green of Nesterov overshoot the minimum and come back, Nesterov's less "
+        "far.",
+        animated=True,
     )
 
 
@@ -185,7 +187,7 @@ def _draw_loss(numbers: dict[str, Any]) -> Picture:
         ax.plot(race["loss"], **style.line(name, label=RULES[name].label))
     ax.set(yscale="log", xlim=(0, STEPS))
     ax.legend(loc="lower left")
-    ends = ", ".join(f"{RULES[name].label} {race['loss'][-1]:.1e}"
+    ends = ", ".join(f"{RULES[name].label} {number(race['loss'][-1], 2)}"
                      for name, race in numbers["race"].items())
     return Picture(
         "row6-loss", figure,
@@ -246,6 +248,8 @@ def animate(numbers: dict[str, Any], file: Path, frames_per_second: int = 18) ->
         step.set_text(f"step {k}")
         return [*lines.values(), *heads.values(), step]
 
+    draw(STEPS)
+    style.freeze(figure)
     frames = [*range(STEPS + 1), *[STEPS] * frames_per_second]
     animation = FuncAnimation(figure, draw, frames=frames, blit=False)
     animation.save(file, writer=PillowWriter(fps=frames_per_second), dpi=110)
@@ -254,26 +258,29 @@ def animate(numbers: dict[str, Any], file: Path, frames_per_second: int = 18) ->
 def story(numbers: dict[str, Any]) -> Story:
     """Tell this row."""
     race, where = numbers["race"], numbers["where"]
+    ends = {name: number(run["loss"][-1], 2) for name, run in race.items()}
     return Story(
         "row-6", "The picture: slow, overshoot, overshoot less",
-        "SGD is slow. Momentum and Nesterov overshoot the minimum because of the velocity they have "
-        "built up, then correct and converge faster. Nesterov overshoots less.",
+        "SGD is slow. Momentum and Nesterov overshoot the minimum because of the velocity they "
+        "have built up, then correct and converge faster. Nesterov overshoots less.",
         (
-            "All three take the same α from the same start. On this bowl the lecture's picture comes "
-            f"out as drawn: momentum swings {100 * race['momentum']['overshoot'][0]:.0f} % of its way "
-            f"past the minimum, Nesterov {100 * race['nesterov']['overshoot'][0]:.0f} %.",
-            "Is that so in general? On a quadratic the overshoot depends on α·λ and ρ alone, so one "
-            f"map holds every case. As long as α·L ≤ {SAFE_LR}, Nesterov's first overshoot is larger "
-            f"in {where['safe_larger']} of the {where['safe_points']} combinations on our grid.",
+            "All three take the same α from the same start. On this bowl the lecture's picture "
+            f"comes out as drawn: momentum swings {100 * race['momentum']['overshoot'][0]:.0f} % "
+            f"of its way past the minimum, Nesterov {100 * race['nesterov']['overshoot'][0]:.0f} "
+            "%.",
+            "Is that so in general? On a quadratic the overshoot depends on α·λ and ρ alone, so "
+            f"one map holds every case. As long as α·L ≤ {SAFE_LR}, Nesterov's first overshoot is "
+            f"larger in {where['safe_larger']} of the {where['safe_points']} combinations on our "
+            "grid.",
         ),
-        f"Nearly always, not always. In {where['larger']} of {where['points']} combinations Nesterov "
-        f"overshoots more, by up to {where['worst']:.2f} of the start, all of them where α·λ > 1: its "
-        "first step is 1+ρ times SGD's and jumps across a steep valley. That is true of x̃, where "
-        "the gradients are taken and a network's loss is read. The classical x overshoots more than "
-        f"momentum in {where['ball_larger']} combinations.",
+        f"Nearly always, not always. In {where['larger']} of {where['points']} combinations "
+        f"Nesterov overshoots more, by up to {where['worst']:.2f} of the start, all of them where "
+        "α·λ > 1: its first step is 1+ρ times SGD's and jumps across a steep valley. That is true "
+        "of x̃, where the gradients are taken and a network's loss is read. The classical x "
+        f"overshoots more than momentum in {where['ball_larger']} combinations.",
         (
-            ("SGD is slow", f"loss after {STEPS} steps {race['sgd']['loss'][-1]:.1e}, momentum "
-             f"{race['momentum']['loss'][-1]:.1e}, Nesterov {race['nesterov']['loss'][-1]:.1e}",
+            ("SGD is slow", f"loss after {STEPS} steps {ends['sgd']}, momentum "
+             f"{ends['momentum']}, Nesterov {ends['nesterov']}",
              "–"),
             ("Momentum overshoots", f"{race['momentum']['overshoot'][0]:.4f} of its way",
              f"{race['momentum']['theory'][0]:.4f}"),

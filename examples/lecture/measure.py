@@ -64,13 +64,15 @@ def contraction(
 
 def steps_to(
     rule: Rule, curvatures: Array, *, lr: float, momentum: float, accuracy: float
-) -> int:
-    """Count the steps until the error is `accuracy` times what it was at the start."""
+) -> float:
+    """Count the steps until the error is `accuracy` times that of the start; inf if it blows up."""
     x = np.ones_like(curvatures)
     v, g = np.zeros_like(x), np.empty_like(x)
-    target = accuracy**2 * x.size
+    target, blown_up = accuracy**2 * x.size, x.size / accuracy**2
     steps = 0
-    while x @ x > target:
+    while (error := x @ x) > target:
+        if error > blown_up:
+            return np.inf
         np.multiply(curvatures, x, out=g)
         rule.step(x, g, v, lr, momentum)
         steps += 1
@@ -133,7 +135,9 @@ def first_overshoot(path: Array) -> Array:
 
 
 def exponent(x: Array, y: Array) -> float:
-    """Return the slope of the straight line through ln y over ln x."""
+    """Return the slope of the straight line through ln y over ln x; NaN if y is not finite."""
+    if not np.all(np.isfinite(y)):
+        return np.nan
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 

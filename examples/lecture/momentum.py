@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lecture import measure, style
-from lecture.claims import Check, Picture, Story, at_most, relative
+from lecture import style
+from lecture.claims import Check, Picture, Story, at_most, number, relative
 from lecture.rules import RULES, Rules
 
 MOMENTA = (0.5, 0.9, 0.99)
@@ -32,7 +32,8 @@ def _arrows(rules: Rules) -> dict[str, np.ndarray]:
     """Take one step from there and return the vectors that went into it."""
     x, v = arrows_state(rules)
     before, g = x.copy(), bowl_gradient(x)
-    arrows = {"at": before, "velocity": -ARROWS_LR * ARROWS_MOMENTUM * v, "gradient": -ARROWS_LR * g}
+    arrows = {"at": before, "velocity": -ARROWS_LR * ARROWS_MOMENTUM * v,
+              "gradient": -ARROWS_LR * g}
     rules["momentum"].step(x, g, v, ARROWS_LR, ARROWS_MOMENTUM)
     return {**arrows, "step": x - before}
 
@@ -139,8 +140,8 @@ def _draw_arrows(numbers: dict[str, Any]) -> Picture:
         "row4-arrows", figure,
         f"Step {ARROWS_AT + 1} of a run, α = {ARROWS_LR}, ρ = {ARROWS_MOMENTUM}. The blue arrow is "
         "what the engine did; it is the sum of the other two.",
-        "Three arrows from one point on a contour map: green velocity, vermilion gradient, and blue "
-        "actual step as the diagonal of their parallelogram.",
+        "Three arrows from one point on a contour map: green velocity, vermilion gradient, and "
+        "blue actual step as the diagonal of their parallelogram.",
     )
 
 
@@ -192,9 +193,10 @@ def story(numbers: dict[str, Any]) -> Story:
         "sum of the gradient and velocity vectors.",
         (
             "<code>v = ρ·v + g; x = x − α·v</code>. Written out, v is Σ ρⁱ·g₋ᵢ: every gradient "
-            "counts, older ones less. It is a running <em>sum</em> rather than a mean, which is why "
-            f"a steady gradient is amplified {speeds[0.9]['terminal']:.0f} times at ρ = 0.9 and "
-            f"{speeds[0.99]['terminal']:.0f} times at 0.99. When tuning, lower α along with 1−ρ.",
+            "counts, older ones less. It is a running <em>sum</em> rather than a mean, which is "
+            f"why a steady gradient is amplified {speeds[0.9]['terminal']:.0f} times at ρ = 0.9 "
+            f"and {speeds[0.99]['terminal']:.0f} times at 0.99. When tuning, lower α along with "
+            "1−ρ.",
             "1−ρ is the share of the speed that friction takes at each step. Without a gradient "
             f"the speed halves in {speeds[0.9]['half']:.1f} steps at ρ = 0.9, in "
             f"{speeds[0.99]['half']:.0f} at 0.99.",
@@ -202,7 +204,7 @@ def story(numbers: dict[str, Any]) -> Story:
         "",
         (
             ("Velocity is a running mean of gradients",
-             f"differs from Σ ρⁱ·g by at most {max(numbers['unrolled'].values()):.0e}",
+             f"differs from Σ ρⁱ·g by at most {number(max(numbers['unrolled'].values()), 1)}",
              "0, up to rounding"),
             ("ρ is friction", "speed halves in "
              f"{speeds[0.9]['half']:.3f} steps at ρ = 0.9, {speeds[0.99]['half']:.2f} at 0.99",

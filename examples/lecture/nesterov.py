@@ -7,7 +7,7 @@ import numpy as np
 
 import optcore
 from lecture import measure, momentum, saddles, style, theory
-from lecture.claims import Check, Picture, Story, absolute, at_most, relative
+from lecture.claims import Check, Picture, Story, absolute, at_most, number, relative
 from lecture.rules import RULES, Rule, Rules
 
 FORMS, ARROWS = "Four ways to write one method", "The arrows"
@@ -185,14 +185,14 @@ def checks(numbers: dict[str, Any]) -> list[Check]:
                 (w[name] / w[f"{name}_bound"]).max(), 1.0)
         for name, bound in (("sgd", "LR²/2k"), ("nesterov", "2LR²/(k+1)²"))
     ]
-    claims.append(at_most(CONVEX, "Lower bound for every gradient method over Nesterov's excess, largest",
+    claims.append(at_most(CONVEX, "Bound below every gradient method over Nesterov's excess",
                           (w["lower_bound"] / w["nesterov"]).max(), 1.0))
     for found, expected in zip(np.sort(numbers["cycle"]["momentum"][-3:]),
                                np.sort(theory.heavy_ball_cycle()), strict=True):
         claims.append(relative(CYCLE, "Momentum circles through x =", found, expected, 1e-3,
                                rests_on_momentum=True))
     claims += [
-        absolute(CYCLE, f"{RULES[name].label} arrives at x =", numbers["cycle"][name][-1], 0.0, 1e-6)
+        absolute(CYCLE, f"{RULES[name].label} arrives at x =", numbers["cycle"][name][-1], 0, 1e-6)
         for name in ("sgd", "nesterov")
     ]
     claims.append(absolute(WELLS, "SGD: share of starts in the global basin that leave it",
@@ -232,10 +232,9 @@ def _draw_arrows(numbers: dict[str, Any]) -> Picture:
 
 def _draw_forms(numbers: dict[str, Any]) -> Picture:
     figure, ax = style.panel("Four forms, one sequence", "step", "difference / 2⁻⁵²")
-    for (name, difference), color, dash in zip(
-        numbers["forms"].items(), (style.COLOR["nesterov"], style.COLOR["momentum"], style.GRADIENT),
-        ("-", "--", ":"), strict=True,
-    ):
+    colors = (style.COLOR["nesterov"], style.COLOR["momentum"], style.GRADIENT)
+    for (name, difference), color, dash in zip(numbers["forms"].items(), colors, ("-", "--", ":"),
+                                               strict=True):
         ax.plot(difference / np.finfo(float).eps, color=color, linestyle=dash, linewidth=1.3,
                 label=name)
     ax.set_ylim(0, None)
@@ -262,8 +261,9 @@ def _draw_worst(numbers: dict[str, Any]) -> Picture:
     ax.legend(loc="upper right", fontsize=10.5)
     return Picture(
         "row5-convex", figure,
-        f"{WORST_SIZE} parameters, α = 1/L, ρ growing as (k−1)/(k+2). After {WORST_STEPS} steps SGD "
-        f"is at {w['sgd'][-1]:.1e}, Nesterov at {w['nesterov'][-1]:.1e}; no method that adds up gradients can be in the grey.",
+        f"{WORST_SIZE} parameters, α = 1/L, ρ growing as (k−1)/(k+2). After {WORST_STEPS} steps "
+        f"SGD is at {number(w['sgd'][-1], 2)}, Nesterov at {number(w['nesterov'][-1], 2)}; no "
+        "method that adds up gradients can be in the grey.",
         "Log-log plot of the loss over steps. SGD and Nesterov stay below their dotted bounds; "
         "Nesterov comes close to the grey area that no gradient method can reach.",
     )
@@ -309,8 +309,9 @@ def _draw_wells(numbers: dict[str, Any]) -> Picture:
         f"{wells['left']['nesterov']:.0%}; of those in the worse, they find out in "
         f"{wells['found']['sgd']:.0%}, {wells['found']['momentum']:.0%} and "
         f"{wells['found']['nesterov']:.0%}.",
-        "For each start, whether a rule ends in the local or in the global minimum. SGD's answer is "
-        "the basin it starts in; momentum's and Nesterov's alternate with the speed they arrive at.",
+        "For each start, whether a rule ends in the local or in the global minimum. SGD's answer "
+        "is the basin it starts in; momentum's and Nesterov's alternate with the speed they arrive "
+        "at.",
     )
 
 
@@ -321,25 +322,28 @@ def story(numbers: dict[str, Any]) -> Story:
     worst = (numbers["worst"]["nesterov"] / numbers["worst"]["nesterov_bound"]).max()
     return Story(
         "row-5", "Nesterov: look ahead along the velocity",
-        "Instead of the gradient at the current point, take it at the point where the velocity would "
-        "lead, then combine. A change of variables x̃ = x + ρ·v lets one evaluate loss and gradient "
-        "at the same point. Excellent for convex problems; no guarantee for non-convex ones.",
+        "Instead of the gradient at the current point, take it at the point where the velocity "
+        "would lead, then combine. A change of variables x̃ = x + ρ·v lets one evaluate loss and "
+        "gradient at the same point. Excellent for convex problems; no guarantee for non-convex "
+        "ones.",
         (
             "If the velocity is about to carry the ball too far, the gradient out there already "
-            "points back. Classically the gradient is taken at x + ρ·v, which is awkward where loss "
-            "and gradient come together. In x̃ it is "
+            "points back. Classically the gradient is taken at x + ρ·v, which is awkward where "
+            "loss and gradient come together. In x̃ it is "
             "<code>v = ρ·v − α·g; x̃ = x̃ + ρ·v − α·g</code>, which is the lecture's "
-            "<code>−ρ·v_old + (1+ρ)·v</code> rearranged. All forms give the same points to rounding.",
+            "<code>−ρ·v_old + (1+ρ)·v</code> rearranged. All forms give the same points to "
+            "rounding.",
             "For convex losses there is a theorem, 2LR²/(k+1)², and no method that uses gradients "
-            "alone can do better than a constant below it. Plain momentum has no such theorem: on a "
-            "convex loss with two kinks in its gradient, textbook-optimal momentum circles for ever.",
+            "alone can do better than a constant below it. Plain momentum has no such theorem: on "
+            "a convex loss with two kinks in its gradient, textbook-optimal momentum circles for "
+            "ever.",
         ),
-        "Where the loss is not convex Nesterov promises nothing, as the lecture warns: in the double "
-        f"well it carries {wells['left']['nesterov']:.0%} of the starts out of the better minimum, "
-        f"momentum {wells['left']['momentum']:.0%}, SGD none.",
+        "Where the loss is not convex Nesterov promises nothing, as the lecture warns: in the "
+        f"double well it carries {wells['left']['nesterov']:.0%} of the starts out of the better "
+        f"minimum, momentum {wells['left']['momentum']:.0%}, SGD none.",
         (
             ("The change of variables gives the same method",
-             f"forms differ by at most {forms:.0e}", "0, up to rounding"),
+             f"forms differ by at most {number(forms, 1)}", "0, up to rounding"),
             ("Excellent for convex problems",
              f"at most {worst:.3f} of the bound 2LR²/(k+1)²", "at most 1"),
             ("– where momentum can fail", "momentum circles through " + ", ".join(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 import optcore
 from lecture import mlp, style
@@ -68,17 +67,14 @@ def measured(seeds: int = SEEDS, steps: int = STEPS, progress: Callable[[], None
              ) -> dict[str, Any]:
     """Train every configuration at every learning rate from several seeds.
 
-    Seeds are the outer loop, so that whatever else the machine does falls on all rules alike, and
-    BLAS keeps to one thread, since matrices this small gain nothing from a second.
+    Seeds are the outer loop, so that whatever else the machine does falls on all rules alike.
     """
     keys = [(lr, *configuration) for lr in LEARNING_RATES for configuration in CONFIGURATIONS]
     trained: dict[Any, list[dict[str, Any]]] = {key: [] for key in keys}
-    with threadpool_limits(1):
-        for seed in range(seeds):
-            for lr, rule, momentum in keys:
-                trained[lr, rule, momentum].append(
-                    train(rule, lr, momentum, seed=seed, steps=steps))
-            progress()
+    for seed in range(seeds):
+        for lr, rule, momentum in keys:
+            trained[lr, rule, momentum].append(train(rule, lr, momentum, seed=seed, steps=steps))
+        progress()
     return {"runs": {key: _summary(trained[key], steps) for key in keys}, "seeds": seeds,
             "steps": steps}
 
@@ -145,9 +141,10 @@ def _draw(numbers: dict[str, Any], lr: float, over: str) -> Picture:
     return Picture(
         f"network-{lr:g}-{over}".replace(".", "_"), figure,
         f"Median of {numbers['seeds']} seeds, band from the lowest to the highest. Best after "
-        f"{numbers['steps']} steps: {_who(*best)}, loss {finals[best]:.2g}; SGD {finals['sgd', 0.0]:.2g}.",
-        f"Training loss of five configurations over {unit} at learning rate {lr:g}, with bands over "
-        "seeds.",
+        f"{numbers['steps']} steps: {_who(*best)}, loss {finals[best]:.2g}; SGD "
+        f"{finals['sgd', 0.0]:.2g}.",
+        f"Training loss of five configurations over {unit} at learning rate {lr:g}, with bands "
+        "over seeds.",
     )
 
 
@@ -162,8 +159,8 @@ def story(numbers: dict[str, Any]) -> Story:
         "network", "A real network: 64–64–10 on the digits",
         "Momentum and Nesterov are what one uses in practice, with ρ = 0.9 or 0.99.",
         (
-            f"The digits network, minibatches of {BATCH}, {numbers['seeds']} seeds, every update by "
-            "<code>optcore.SGD</code>. A step costs about the same under all three rules "
+            f"The digits network, minibatches of {BATCH}, {numbers['seeds']} seeds, every update "
+            "by <code>optcore.SGD</code>. A step costs about the same under all three rules "
             f"({min(times):.0f} to {max(times):.0f} µs with the gradient), so the curves over wall "
             "time look like those over steps.",
             f"At α = {low:g} SGD crawls and momentum helps most: it comes to "

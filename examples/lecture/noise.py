@@ -1,12 +1,13 @@
 """Row 3, noisy gradients: what minibatches do to the path, and what momentum averages out."""
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from lecture import measure, mlp, style, theory
-from lecture.claims import Check, Picture, Story, absolute, relative, within_errors
+from lecture.claims import Check, Picture, Story, absolute, within_errors
 from lecture.rules import RULES, Rule, Rules
 
 CURVATURE, NOISE = 1.0, 1.0
@@ -40,7 +41,8 @@ def stationary(rule: Rule, *, lr: float, momentum: float, seed: int) -> tuple[fl
     return measure.variance(x)
 
 
-def _variances(rules: Rules, cases: list[tuple[str, float, float]], seed: int) -> list[dict[str, Any]]:
+def _variances(rules: Rules, cases: list[tuple[str, float, float]], seed: int
+               ) -> list[dict[str, Any]]:
     rows = []
     for i, (name, lr, momentum) in enumerate(cases):
         variance, error = stationary(rules[name], lr=lr, momentum=momentum, seed=seed + i)
@@ -62,6 +64,7 @@ def _direction(rules: Rules, momentum: float, seed: int) -> dict[str, float]:
             "theory": NOISE**2 * (1 - momentum) / (1 + momentum)}
 
 
+@cache   # no rule takes part
 def _batches(seed: int = 11) -> dict[str, np.ndarray | float]:
     """Measure E‖g_B - g‖² of real minibatch gradients, drawn with replacement.
 
@@ -134,7 +137,7 @@ def checks(numbers: dict[str, Any]) -> list[Check]:
         for row in numbers[key]
     ]
     claims += [
-        within_errors(DIRECTION, f"Variance of (1−ρ)·v over that of a gradient, ρ = {row['momentum']}",
+        within_errors(DIRECTION, f"Variance of (1−ρ)·v over a gradient's, ρ = {row['momentum']}",
                       row["measured"], row["theory"], row["error"],
                       rests_on_momentum=row["momentum"] >= 0.9)
         for row in numbers["direction"]
@@ -180,7 +183,8 @@ def _draw_walks(numbers: dict[str, Any]) -> Picture:
     return Picture(
         "row3-walk", figure,
         f"The same noise, the same effective step. In {len(points) // 2 - 1} steps SGD walks "
-        f"{walked['sgd']:.0f} units of length, momentum {walked['momentum']:.0f}, to the same place.",
+        f"{walked['sgd']:.0f} units of length, momentum {walked['momentum']:.0f}, to the same "
+        "place.",
         "Contours of a bowl with two noisy paths to its minimum: SGD's jitters from wall to wall, "
         "momentum's is a smooth curve.",
     )
@@ -202,8 +206,8 @@ def _draw_direction(numbers: dict[str, Any]) -> Picture:
         "The direction of a step is a mean over about 1/(1−ρ) gradients. Its variance falls to "
         + ", ".join(f"{r['measured']:.4f} (ρ = {r['momentum']})" for r in rows)
         + f" of a single gradient's. Standard error {rows[1]['error'] / rows[1]['measured']:.1%}.",
-        "Variance of the velocity relative to that of a gradient over momentum, falling from one to "
-        "below a hundredth; measured markers on the theory line.",
+        "Variance of the velocity relative to that of a gradient over momentum, falling from one "
+        "to below a hundredth; measured markers on the theory line.",
     )
 
 
@@ -267,19 +271,19 @@ def story(numbers: dict[str, Any]) -> Story:
     quieter = of["equal_step"]["momentum", 0.9] / of["equal_step"]["sgd", 0.0]
     return Story(
         "row-3", "Noise: gradients come from minibatches",
-        "L(W) = (1/N) Σ Lᵢ: the gradient of a minibatch is a noisy estimate. With noise SGD meanders "
-        "around the space and takes longer to arrive. Momentum averages the noise out.",
+        "L(W) = (1/N) Σ Lᵢ: the gradient of a minibatch is a noisy estimate. With noise SGD "
+        "meanders around the space and takes longer to arrive. Momentum averages the noise out.",
         (
             "The noise is real: on the digits its variance falls as one over the batch size, so a "
             "batch four times as large is only half as noisy.",
             "Does momentum average it out? The <em>direction</em> it does: (1−ρ)·v has "
             f"{direction['measured']:.3f} of a gradient's variance at ρ = 0.9. And at the same "
-            f"<em>effective</em> step α/(1−ρ) = {EFFECTIVE} its iterates lie closer to the minimum, "
-            f"with {quieter:.2f} of SGD's variance.",
+            f"<em>effective</em> step α/(1−ρ) = {EFFECTIVE} its iterates lie closer to the "
+            f"minimum, with {quieter:.2f} of SGD's variance.",
         ),
         "It depends on what one holds equal. At the <em>same α</em> momentum takes steps ten times "
-        f"as long at ρ = 0.9, and is {louder:.1f} times as noisy around the minimum. And the gain at "
-        "equal effective step vanishes for small steps, where SGD, too, averages over many "
+        f"as long at ρ = 0.9, and is {louder:.1f} times as noisy around the minimum. And the gain "
+        "at equal effective step vanishes for small steps, where SGD, too, averages over many "
         "gradients.",
         (
             ("Minibatch gradients are noisy", "variance falls as the batch size to the power "

@@ -1,12 +1,11 @@
 """The page: one HTML file beside its images, without scripts, for a phone first."""
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
 
-from lecture.claims import Check, Picture, Story
+from lecture.claims import Check, Picture, Story, number
 
 FOLD_ABOVE = 8   # longer tables are folded behind a line that sums them up
 
@@ -16,7 +15,8 @@ _STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.2rem 1rem 4rem; color: var(--ink);
-       background: var(--paper); font: 1.0625rem/1.6 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+       background: var(--paper);
+       font: 1.0625rem/1.6 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; margin: .8rem 0 .6rem;
      letter-spacing: -.015em; text-wrap: balance; }
 h2 { font-size: clamp(1.3rem, 4vw, 1.75rem); line-height: 1.25; margin: 0 0 .8rem;
@@ -33,14 +33,14 @@ blockquote { margin: 0 0 1rem; padding: .1rem 0 .1rem 1rem; border-left: 4px sol
 blockquote b { font-style: normal; color: var(--ink); }
 .but { margin: 1rem 0; padding: .7rem 1rem; background: #fff6ee; border-left: 4px solid #D55E00; }
 .but b { color: var(--warn); }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr));
            gap: 1.6rem 2rem; margin: 1.6rem 0; align-items: start; }
 figure { margin: 0; }
-figure.wide { grid-column: 1 / -1; max-width: 40rem; }
+figure.hero { max-width: 34rem; margin: 1rem 0; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { font-size: .93rem; line-height: 1.5; color: var(--soft); padding: .4rem .2rem 0; }
 figcaption a { white-space: nowrap; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; max-width: 52rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.35;
         font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .38rem .5rem; border-bottom: 1px solid var(--rule);
@@ -65,20 +65,6 @@ details { margin: 1rem 0; } summary { cursor: pointer; padding: .3rem 0; }
 }
 @media print { details:not([open]) > *:not(summary) { display: block; } }
 """
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def number(value: float, digits: int = 5) -> str:
-    """Return a number as a reader writes it: 1.3·10⁻⁶ and not 1.3e-06."""
-    if not math.isfinite(value):
-        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
-    text = f"{value:.{digits}g}"
-    mantissa, e, power = text.partition("e")
-    if e:
-        text = f"{mantissa}·10{str(int(power)).translate(_SUPERSCRIPT)}"
-    return text.replace("-", "−")
-
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """Return a table of HTML cells; a words table stacks its cells on a phone."""
@@ -114,30 +100,37 @@ def _check_table(group: str, checks: Sequence[Check]) -> str:
     failing = sum(not check.holds for check in checks)
     worst = max(abs(check.deviation) for check in checks)
     verdict = f"{failing} fail" if failing else "all hold"
-    return (f"<details{' open' if failing else ''}><summary><strong>{group}</strong>: {len(checks)} "
-            f"claims, {verdict}; the largest deviation is {number(100 * worst, 2)} %</summary>"
-            f"{content}</details>")
+    return (f"<details{' open' if failing else ''}><summary><strong>{group}</strong>: "
+            f"{len(checks)} claims, {verdict}; the largest deviation is {number(100 * worst, 2)} %"
+            f"</summary>{content}</details>")
 
 
-def _figure(picture: Picture, moving: str | None) -> str:
+def _image(picture: Picture, file: str, more: str = "") -> str:
     width, height = (round(100 * side) for side in picture.figure.get_size_inches())
-    alt = escape(picture.alt)
-    image = (f'<img src="{picture.name}.svg" width="{width}" height="{height}" alt="{alt}">')
-    if moving:   # the still image for those who ask for less motion
-        image = (f'<picture><source media="(prefers-reduced-motion: reduce)" '
-                 f'srcset="{picture.name}.svg"><img src="{moving}" width="{width}" '
-                 f'height="{height}" alt="{alt} Animated, one step a frame."></picture>')
-    files = f'<a href="{picture.name}.svg">SVG</a> <a href="{picture.name}.png">PNG</a>'
-    return (f'<figure{" class=wide" if moving else ""}>{image}<figcaption>{picture.caption} {files}'
-            "</figcaption></figure>")
+    return (f'<img src="{file}" width="{width}" height="{height}" '
+            f'alt="{escape(picture.alt + more)}">')
+
+
+def animation(picture: Picture) -> str:
+    """Return the animation of a picture, or the still one for those who ask for less motion."""
+    moving = _image(picture, f"{picture.name}.gif", " Animated, one step a frame.")
+    return (f'<picture><source media="(prefers-reduced-motion: reduce)" '
+            f'srcset="{picture.name}.svg">{moving}</picture>')
+
+
+def _figure(picture: Picture) -> str:
+    endings = ["svg", "png"] + ["gif"] * picture.animated
+    files = " ".join(f'<a href="{picture.name}.{e}">{e.upper()}</a>' for e in endings)
+    return (f'<figure>{_image(picture, f"{picture.name}.svg")}'
+            f"<figcaption>{picture.caption} {files}</figcaption></figure>")
 
 
 def section(story: Story, pictures: Sequence[Picture], checks: Sequence[Check],
-            *, moving: dict[str, str], extra: str = "") -> str:
+            extra: str = "") -> str:
     """Return a row: the lecture's words, ours, the figures, the numbers."""
     paragraphs = "".join(f"<p>{p}</p>" for p in story.paragraphs)
     but = f'<p class="but"><b>But.</b> {story.but}</p>' if story.but else ""
-    figures = "".join(_figure(p, moving.get(p.name)) for p in pictures)
+    figures = "".join(map(_figure, pictures))
     tables = "".join(_check_table(group, list(members))
                      for group, members in groupby(checks, key=lambda c: c.group))
     return (f'<section id="{story.anchor}"><h2>{story.title}</h2>'
@@ -146,7 +139,7 @@ def section(story: Story, pictures: Sequence[Picture], checks: Sequence[Check],
 
 
 def page(stories: Sequence[Story], sections: Sequence[str], checks: Sequence[Check],
-         version: str) -> str:
+         *, hero: str, version: str) -> str:
     """Return the whole page."""
     holding = sum(check.holds for check in checks)
     contents = "".join(f'<li><a href="#{s.anchor}">{s.title}</a></li>' for s in stories)
@@ -168,21 +161,23 @@ against theory.">
 <body>
 <header>
 <h1>Why momentum, why Nesterov</h1>
-<p>CS231n 2017, lecture 7, “Fancier optimization”, motivates momentum with three troubles of plain SGD
-and two pictures. Here is all of it, run on optcore {escape(version)} and checked against theory. Every
-update in every figure is a call of the engine, in float64 except for the network; every number on
-this page was computed when the page was built.</p>
-<p class="verdict"><strong>{holding} of {len(checks)} claims hold</strong>, each within the tolerance
-that stands beside it.</p>
+<figure class="hero">{hero}</figure>
+<p>CS231n 2017, lecture 7, “Fancier optimization”, motivates momentum with three troubles of plain
+SGD and two pictures. Here is all of it, run on optcore {escape(version)} and checked against
+theory. Every update in every figure is a call of the engine, in float64 except for the network;
+every number on this page was computed when the page was built.</p>
+<p class="verdict"><strong>{holding} of {len(checks)} claims hold</strong>, each within the
+tolerance that stands beside it.</p>
 <p>SGD is <strong>black</strong>, momentum <strong style="color:#0072B2">blue</strong>, Nesterov
 <strong style="color:#00694d">green</strong>, as in the lecture. An orange box says where a claim
 needs a “but”.</p>
-<nav aria-label="Contents"><ol>{contents}</ol></nav>
+<nav aria-label="Contents"><ol>{contents}<li><a href="#glance">At a glance</a></li></ol></nav>
 </header>
 <main>
-<h2>At a glance</h2>
-{glance}
 {"".join(sections)}
+<section id="glance"><h2>At a glance</h2>
+{glance}
+</section>
 </main>
 </body>
 </html>

@@ -1,6 +1,7 @@
 """Row 2, local minima and saddle points: where SGD stops or dawdles, and velocity rolls on."""
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,12 @@ def _escapes(rules: Rules) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
+@cache   # an integration, without a rule
+def _critical_friction() -> float:
+    return theory.critical_friction(lambda x: -well_gradient(x), WELL_START,
+                                    well_points()["barrier"], highest=2.0)
+
+
 def _critical_momentum(rules: Rules) -> float:
     """Bisect for the smallest ρ that carries the ball over the barrier."""
     barrier = well_points()["barrier"]
@@ -85,6 +92,7 @@ def _critical_momentum(rules: Rules) -> float:
     return (low + high) / 2
 
 
+@cache   # no rule takes part
 def _saddle_shares(seed: int = 7, draws: int = 150_000) -> list[dict[str, float]]:
     """Sample Hessians at the critical points of an isotropic Gaussian random function.
 
@@ -122,8 +130,7 @@ def measured(rules: Rules = RULES) -> dict[str, Any]:
         "points": points,
         "friction": {
             "measured": theory.equivalent_friction(FRICTION_LR, _critical_momentum(rules)),
-            "theory": theory.critical_friction(lambda x: -well_gradient(x), WELL_START,
-                                               points["barrier"], highest=2.0),
+            "theory": _critical_friction(),
         },
         "shares": _saddle_shares(),
     }
@@ -132,8 +139,8 @@ def measured(rules: Rules = RULES) -> dict[str, Any]:
 def checks(numbers: dict[str, Any]) -> list[Check]:
     """Return this row's claims."""
     claims = [
-        relative(ESCAPE, f"{RULES[name].label}: steps to leave from 10{power}", found["measured"][i],
-                 found["theory"][i], 0.01, rests_on_momentum=name != "sgd")
+        relative(ESCAPE, f"{RULES[name].label}: steps to leave from 10{power}",
+                 found["measured"][i], found["theory"][i], 0.01, rests_on_momentum=name != "sgd")
         for name, found in numbers["escape"].items()
         for i, power in ((0, "⁻⁶"), (-1, "⁻³"))
     ]
@@ -202,11 +209,11 @@ def _draw_plateau(numbers: dict[str, Any]) -> Picture:
             for name, found in numbers["escape"].items()}
     return Picture(
         "row2-plateau", figure,
-        "The loss on the same runs. On a training curve a saddle looks like the end. Half of the way "
-        f"down from it is done after {half['sgd']} steps of SGD, {half['momentum']} of momentum, "
-        f"{half['nesterov']} of Nesterov.",
-        "Loss over steps on a log scale: every curve falls to the level of the saddle, waits there, "
-        "and falls on. SGD waits several times as long as the others.",
+        "The loss on the same runs. On a training curve a saddle looks like the end. Half of the "
+        f"way down from it is done after {half['sgd']} steps of SGD, {half['momentum']} of "
+        f"momentum, {half['nesterov']} of Nesterov.",
+        "Loss over steps on a log scale: every curve falls to the level of the saddle, waits "
+        "there, and falls on. SGD waits several times as long as the others.",
     )
 
 
@@ -225,8 +232,8 @@ def _draw_escape(numbers: dict[str, Any]) -> Picture:
         f"Lines: the growing eigenvalue of the linearised step. Markers: measured, at most "
         f"{100 * worst:.2f} % off. Momentum leaves {ratio.min():.1f} to {ratio.max():.1f} times as "
         "fast.",
-        "Escape time over initial distance, log axis: straight falling lines, SGD far above momentum "
-        "and Nesterov, markers on the lines.",
+        "Escape time over initial distance, log axis: straight falling lines, SGD far above "
+        "momentum and Nesterov, markers on the lines.",
     )
 
 
@@ -236,8 +243,9 @@ def _draw_well(numbers: dict[str, Any]) -> Picture:
     ax.plot(x, well_loss(x), color="#a8a8a8", linewidth=2.5, zorder=1)
     for name, lift in (("momentum", 0.09), ("sgd", 0.0)):
         path = numbers["well"][name][:400]
-        ax.plot(path, well_loss(path) + lift, **style.line(name, linewidth=1.0, marker=style.MARKER[name],
-                markersize=3.4, markevery=2 if name == "momentum" else 5, label=RULES[name].label))
+        ax.plot(path, well_loss(path) + lift, **style.line(
+            name, linewidth=1.0, marker=style.MARKER[name], markersize=3.4, markevery=2,
+            label=RULES[name].label))
         ax.plot(path[-1], well_loss(path[-1]) + lift, **style.dots(name, markersize=11))
     ax.set_ylim(-0.62, 1.5)
     ax.legend(loc="upper center")
@@ -245,8 +253,8 @@ def _draw_well(numbers: dict[str, Any]) -> Picture:
     return Picture(
         "row2-well", figure,
         f"Both are let go at x = {WELL_START}. SGD stops in the first dip, at a loss of {low:.3f}; "
-        f"momentum with ρ = {WELL_MOMENTUM} rolls through and stops at {deep:.3f}. (Momentum's path "
-        "is lifted a little.)",
+        f"momentum with ρ = {WELL_MOMENTUM} rolls through and stops at {deep:.3f}. (Momentum's "
+        "path is lifted a little.)",
         "A curve with two dips. Black markers of SGD end in the left, higher dip; blue markers of "
         "momentum run through it, over the barrier, and end in the right, deeper dip.",
     )
@@ -274,8 +282,8 @@ def _draw_shares(numbers: dict[str, Any]) -> Picture:
         f"Critical points of a random function, sampled by their Hessians, ±2 s.e. In "
         f"{last['d']} dimensions {100 * last['saddle']:.1f} ± {200 * last['error']:.1f} % are "
         "saddles. What is left is halved between minima and maxima.",
-        "Share of saddles over dimension: zero in one dimension, one half in two, three quarters in "
-        "three, near one at eight. The share of minima falls towards zero.",
+        "Share of saddles over dimension: zero in one dimension, one half in two, three quarters "
+        "in three, near one at eight. The share of minima falls towards zero.",
     )
 
 
@@ -287,9 +295,9 @@ def story(numbers: dict[str, Any]) -> Story:
     share = {row["d"]: row["saddle"] for row in numbers["shares"]}
     return Story(
         "row-2", "Local minima and saddle points: where the gradient vanishes",
-        "At a local minimum or a saddle point the gradient is zero and gradient descent gets stuck. "
-        "Saddle points are much more common in high dimension. With velocity, like a ball rolling "
-        "down, the point rolls past the saddle and out of the local minimum.",
+        "At a local minimum or a saddle point the gradient is zero and gradient descent gets "
+        "stuck. Saddle points are much more common in high dimension. With velocity, like a ball "
+        "rolling down, the point rolls past the saddle and out of the local minimum.",
         (
             "At a saddle one direction still leads down, so SGD is not stuck for ever: unless it "
             "sits exactly on the ridge it leaves, but by a factor of 1 + α·b a step, with b the "

@@ -1,8 +1,8 @@
 """One look for all figures: the lecture's black, blue and green, told apart without colour too.
 
 Blue and green are those of Okabe and Ito, which stay apart under every common colour blindness;
-line style and marker repeat what the colour says. Every picture is a single panel about as wide as a
-phone is at arm's length, so that the page may stack them.
+line style and marker repeat what the colour says. Every picture is a single panel that a phone can
+show at its full width, so that the page may stack them.
 """
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ def panel(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = (
     ax = figure.add_subplot()
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return figure, ax
+
+
+def freeze(figure: Figure) -> None:
+    """Lay a figure out once and for all: what costs most of the time, were each draw to do it."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def line(rule: str, **more: object) -> dict[str, object]:

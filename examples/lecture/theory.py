@@ -1,8 +1,8 @@
 """What theory says, in closed form: nothing here takes a step.
 
 On a quadratic every eigenvalue λ of the Hessian lives alone. One step maps (x, v) by a 2x2 matrix,
-and everything the lecture says about quadratics is a property of that matrix: its spectral radius is
-the contraction, its radius 1 the edge of stability, its angle the zigzag, its powers the overshoot.
+and everything the lecture says about quadratics is a property of that matrix: its spectral radius
+is the contraction, radius 1 the edge of stability, its angle the zigzag, its powers the overshoot.
 """
 from __future__ import annotations
 
