@@ -17,7 +17,6 @@ GRID_LR = (0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)   # tim
 GRID_MOMENTUM = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 GRID_KAPPA = np.array([1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0])
 ACROSS, UP = (-5.1, 3.3), (-3.3, 2.6)   # of the picture
-SAFE_LR = 0.9    # below it the claim is asserted; the grid says what happens above
 OVERSHOOT, CLAIM = "First overshoot, as a share of the start", "Nesterov overshoots less"
 
 _TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])
@@ -101,8 +100,8 @@ def measured(rules: Rules = RULES) -> dict[str, Any]:
         "beyond": int((product > 1).sum()),
         "larger_beyond": int(larger[product > 1].sum()),
         "worst": float(np.max(grid["nesterov"] - grid["momentum"])),
-        "safe_points": int((at <= SAFE_LR).sum()),
-        "safe_larger": int(larger[at <= SAFE_LR].sum()),
+        "within": int((product <= 1).sum()),
+        "larger_within": int(larger[product <= 1].sum()),
         "ball_larger": int((grid["nesterov_ball"] > grid["momentum"] * (1 + 1e-9)).sum()),
     }
     return {"race": _racing(rules), "grid": grid, "where": where, "map": _map(rules)}
@@ -123,8 +122,8 @@ def checks(numbers: dict[str, Any]) -> list[Check]:
     claims += [
         at_most(CLAIM, "In the picture: Nesterov's overshoot over momentum's, shallow axis",
                 slow["nesterov"]["overshoot"][0] / slow["momentum"]["overshoot"][0], 1.0),
-        at_most(CLAIM, f"Grid points with α·L ≤ {SAFE_LR} where Nesterov's is larger, of "
-                f"{numbers['where']['safe_points']}", numbers["where"]["safe_larger"], 0),
+        at_most(CLAIM, "Grid points with α·λ ≤ 1 where Nesterov's is larger, of "
+                f"{numbers['where']['within']}", numbers["where"]["larger_within"], 0),
         at_most(CLAIM, "Grid points, any α, where the look-ahead form's x overshoots more than "
                 f"momentum's, of {numbers['where']['points']}", numbers["where"]["ball_larger"], 0),
     ]
@@ -269,13 +268,12 @@ def story(numbers: dict[str, Any]) -> Story:
             f"of its way past the minimum, Nesterov {100 * race['nesterov']['overshoot'][0]:.0f} "
             "%.",
             "Is that so in general? On a quadratic the overshoot depends on α·λ and ρ alone, so "
-            f"one map holds every case. As long as α·L ≤ {SAFE_LR}, Nesterov's first overshoot is "
-            f"larger in {where['safe_larger']} of the {where['safe_points']} combinations on our "
-            "grid.",
+            "one map holds every case. As long as α·λ ≤ 1, Nesterov's first overshoot is larger in "
+            f"{where['larger_within']} of the {where['within']} combinations on our grid.",
         ),
         f"Nearly always, not always. In {where['larger']} of {where['points']} combinations "
-        f"Nesterov overshoots more, by up to {where['worst']:.2f} of the start, all of them where "
-        "α·λ > 1: its first step is 1+ρ times SGD's and jumps across a steep valley. That is true "
+        f"Nesterov overshoots more, by up to {where['worst']:.2f} of the start, "
+        f"{where['larger_beyond']} of those where α·λ > 1: its first step is 1+ρ times SGD's and jumps across a steep valley. That is true "
         "of x̃, where the gradients are taken and a network's loss is read. The classical x "
         f"overshoots more than momentum in {where['ball_larger']} combinations.",
         (

@@ -107,12 +107,13 @@ def checks(numbers: dict[str, Any]) -> list[Check]:
     return claims
 
 
-def draw_arrows(ax: Any, x: np.ndarray, y: np.ndarray) -> None:
-    """Draw the contours that both arrow pictures stand on."""
+def draw_ground(ax: Any, at: np.ndarray) -> None:
+    """Draw the contours that both arrow pictures stand on, around a point."""
+    x, y = (center + np.linspace(-1, 1, 160) for center in (at[0] + 0.25, at[1] - 0.15))
     gx, gy = np.meshgrid(x, y)
     style.contours(ax, gx, gy, (BOWL[0] * gx**2 + BOWL[1] * gy**2) / 2, levels=14)
-    ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal")
-    ax.plot(0, 0, "*", color=style.GRADIENT, markersize=15, markeredgecolor="white", zorder=5)
+    ax.set(xlim=x[[30, -31]], ylim=y[[42, -43]], xticks=[], yticks=[])
+    ax.set_aspect("equal", adjustable="datalim")   # gradients stand upright on contour lines
 
 
 def figures(numbers: dict[str, Any]) -> list[Picture]:
@@ -123,8 +124,7 @@ def figures(numbers: dict[str, Any]) -> list[Picture]:
 def _draw_arrows(numbers: dict[str, Any]) -> Picture:
     figure, ax = style.panel("The momentum step", "", "")
     a = numbers["arrows"]
-    reach = np.linspace(-1.15, 1.15, 160)
-    draw_arrows(ax, a["at"][0] + 0.45 + reach * 1.1, a["at"][1] - 0.12 + reach * 0.8)
+    draw_ground(ax, a["at"])
     style.arrow(ax, a["at"], a["velocity"], style.COLOR["nesterov"])
     style.arrow(ax, a["at"], a["gradient"], style.GRADIENT)
     style.arrow(ax, a["at"], a["step"], style.COLOR["momentum"])

@@ -209,8 +209,7 @@ def figures(numbers: dict[str, Any]) -> list[Picture]:
 def _draw_arrows(numbers: dict[str, Any]) -> Picture:
     figure, ax = style.panel("The Nesterov step", "", "")
     a = numbers["arrows"]
-    reach = np.linspace(-1.15, 1.15, 160)
-    momentum.draw_arrows(ax, a["at"][0] + 0.45 + reach * 1.1, a["at"][1] - 0.12 + reach * 0.8)
+    momentum.draw_ground(ax, a["at"])
     ahead = a["at"] + a["velocity"]
     style.arrow(ax, a["at"], a["momentum"], style.GREY, linewidth=1.2, linestyle=":")
     style.arrow(ax, a["at"], a["velocity"], style.COLOR["nesterov"])
@@ -278,7 +277,7 @@ def _draw_cycle(numbers: dict[str, Any]) -> Picture:
         ax.axhline(x, color=style.COLOR["momentum"], linewidth=0.8, linestyle=":")
     ax.set_ylim(-4.9, 4.6)
     ax.legend(loc="upper right", ncols=3, columnspacing=1.0, handlelength=1.6)
-    points = ", ".join(f"{x:.3f}" for x in numbers["cycle"]["momentum"][-3:])
+    points = ", ".join(number(x, 4) for x in numbers["cycle"]["momentum"][-3:])
     return Picture(
         "row5-cycle", figure,
         f"A convex loss with curvatures from 1 to 25; each rule at its textbook optimum. "
@@ -305,10 +304,10 @@ def _draw_wells(numbers: dict[str, Any]) -> Picture:
         "row5-wells", figure,
         f"Row 2's double well from {WELL_STARTS.size} starts, α = {saddles.WELL_LR}, ρ = "
         f"{saddles.WELL_MOMENTUM}. Of the starts in the better basin SGD leaves "
-        f"{wells['left']['sgd']:.0%}, momentum {wells['left']['momentum']:.0%}, Nesterov "
-        f"{wells['left']['nesterov']:.0%}; of those in the worse, they find out in "
-        f"{wells['found']['sgd']:.0%}, {wells['found']['momentum']:.0%} and "
-        f"{wells['found']['nesterov']:.0%}.",
+        f"{100 * wells['left']['sgd']:.0f} %, momentum {100 * wells['left']['momentum']:.0f} %, "
+        f"Nesterov {100 * wells['left']['nesterov']:.0f} %; of those in the worse, they find out "
+        f"in {100 * wells['found']['sgd']:.0f} %, {100 * wells['found']['momentum']:.0f} % and "
+        f"{100 * wells['found']['nesterov']:.0f} %.",
         "For each start, whether a rule ends in the local or in the global minimum. SGD's answer "
         "is the basin it starts in; momentum's and Nesterov's alternate with the speed they arrive "
         "at.",
@@ -339,17 +338,17 @@ def story(numbers: dict[str, Any]) -> Story:
             "ever.",
         ),
         "Where the loss is not convex Nesterov promises nothing, as the lecture warns: in the "
-        f"double well it carries {wells['left']['nesterov']:.0%} of the starts out of the better "
-        f"minimum, momentum {wells['left']['momentum']:.0%}, SGD none.",
+        f"double well it carries {100 * wells['left']['nesterov']:.0f} % of the starts out of the "
+        f"better minimum, momentum {100 * wells['left']['momentum']:.0f} %, SGD none.",
         (
             ("The change of variables gives the same method",
              f"forms differ by at most {number(forms, 1)}", "0, up to rounding"),
             ("Excellent for convex problems",
              f"at most {worst:.3f} of the bound 2LR²/(k+1)²", "at most 1"),
             ("– where momentum can fail", "momentum circles through " + ", ".join(
-                f"{x:.3f}" for x in np.sort(numbers["cycle"]["momentum"][-3:])),
-             ", ".join(f"{x:.3f}" for x in np.sort(theory.heavy_ball_cycle()))),
-            ("No guarantee for non-convex ones", f"{wells['left']['nesterov']:.0%} of starts leave "
-             "the better minimum", "–"),
+                number(x, 4) for x in np.sort(numbers["cycle"]["momentum"][-3:])),
+             ", ".join(number(x, 4) for x in np.sort(theory.heavy_ball_cycle()))),
+            ("No guarantee for non-convex ones",
+             f"{100 * wells['left']['nesterov']:.0f} % of starts leave the better minimum", "–"),
         ),
     )

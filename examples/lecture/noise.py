@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lecture import measure, mlp, style, theory
-from lecture.claims import Check, Picture, Story, absolute, within_errors
+from lecture.claims import Check, Picture, Story, absolute, number, within_errors
 from lecture.rules import RULES, Rule, Rules
 
 CURVATURE, NOISE = 1.0, 1.0
@@ -201,11 +201,12 @@ def _draw_direction(numbers: dict[str, Any]) -> Picture:
             **style.dots("momentum", label="measured"))
     ax.set(yscale="log", ylim=(2e-3, 1.3))
     ax.legend(loc="lower left")
+    error = max(r["error"] / r["measured"] for r in rows)
     return Picture(
         "row3-direction", figure,
         "The direction of a step is a mean over about 1/(1−ρ) gradients. Its variance falls to "
         + ", ".join(f"{r['measured']:.4f} (ρ = {r['momentum']})" for r in rows)
-        + f" of a single gradient's. Standard error {rows[1]['error'] / rows[1]['measured']:.1%}.",
+        + f" of a single gradient's. Standard error {100 * error:.1f} %.",
         "Variance of the velocity relative to that of a gradient over momentum, falling from one "
         "to below a hundredth; measured markers on the theory line.",
     )
@@ -252,7 +253,8 @@ def _draw_batches(numbers: dict[str, Any]) -> Picture:
     return Picture(
         "row3-batches", figure,
         f"Variance of the gradient of a 64–32–10 network, {DRAWS} minibatches a point. Fitted "
-        f"exponent {batches['exponent']:.3f}; theory: −1, and the level from single examples.",
+        f"exponent {number(batches['exponent'], 4)}; theory: −1, and the level from single "
+        "examples.",
         "Log-log plot of the minibatch gradient's variance over the batch size: a straight line of "
         "slope minus one with markers on it.",
     )

@@ -37,6 +37,13 @@ blockquote b { font-style: normal; color: var(--ink); }
            gap: 1.6rem 2rem; margin: 1.6rem 0; align-items: start; }
 figure { margin: 0; }
 figure.hero { max-width: 34rem; margin: 1rem 0; }
+@media (min-width: 62rem) {
+  header { display: grid; grid-template-columns: minmax(0, 1fr) 30rem; column-gap: 2.5rem;
+           align-items: start; }
+  header h1 { grid-column: 1 / -1; }
+  figure.hero { grid-column: 2; grid-row: 2; margin: 0; }
+  header div { grid-column: 1; grid-row: 2; }
+}
 figure img { display: block; width: 100%; height: auto; }
 figcaption { font-size: .93rem; line-height: 1.5; color: var(--soft); padding: .4rem .2rem 0; }
 figcaption a { white-space: nowrap; }
@@ -161,7 +168,8 @@ against theory.">
 <body>
 <header>
 <h1>Why momentum, why Nesterov</h1>
-<figure class="hero">{hero}</figure>
+<figure class="hero">{hero}<figcaption>Row 6, step by step.</figcaption></figure>
+<div>
 <p>CS231n 2017, lecture 7, “Fancier optimization”, motivates momentum with three troubles of plain
 SGD and two pictures. Here is all of it, run on optcore {escape(version)} and checked against
 theory. Every update in every figure is a call of the engine, in float64 except for the network;
@@ -172,6 +180,7 @@ tolerance that stands beside it.</p>
 <strong style="color:#00694d">green</strong>, as in the lecture. An orange box says where a claim
 needs a “but”.</p>
 <nav aria-label="Contents"><ol>{contents}<li><a href="#glance">At a glance</a></li></ol></nav>
+</div>
 </header>
 <main>
 {"".join(sections)}

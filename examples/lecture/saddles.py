@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from lecture import measure, style, theory
-from lecture.claims import Check, Picture, Story, absolute, relative, within_errors
+from lecture.claims import Check, Picture, Story, absolute, number, relative, within_errors
 from lecture.rules import RULES, Rules
 
 # The saddle: ½x² - ½·0.1·y² + ¼y⁴, with minima at y = ±√0.1.
 FALL = 0.1
 SADDLE_LR, SADDLE_MOMENTUM = 0.1, 0.9
 STARTS = np.geomspace(1e-6, 1e-3, 7)
+PICTURE_START = np.array([0.55, 0.012])
 LEFT = 0.02            # where the saddle counts as left: y²/FALL, what linearising drops, is 0.4 %
 
 # The double well: ¼x⁴ - ½x² - 0.15x, local minimum on the left, global on the right.
@@ -70,6 +71,8 @@ def _escapes(rules: Rules) -> dict[str, dict[str, np.ndarray]]:
             "measured": _crossing(path[:, 1], LEFT),
             "theory": theory.escape_time(name, SADDLE_LR, SADDLE_MOMENTUM, -FALL, STARTS, LEFT),
             "path": path[:, :, -1],
+            "picture": measure.trajectory(rule, saddle_gradient, PICTURE_START, lr=SADDLE_LR,
+                                          momentum=SADDLE_MOMENTUM, steps=800),
         }
     return found
 
@@ -170,7 +173,7 @@ def figures(numbers: dict[str, Any]) -> list[Picture]:
 
 def _draw_saddle(numbers: dict[str, Any]) -> Picture:
     figure, ax = style.panel("Around a saddle point", "x, the way in", "y, the way out")
-    x, y = np.meshgrid(np.linspace(-0.7, 1.1, 200), np.linspace(-0.12, 0.5, 200))
+    x, y = np.meshgrid(np.linspace(-0.4, 0.6, 200), np.linspace(-0.1, 0.46, 200))
     loss = saddle_loss(x, y)
     below, above = loss.min(), loss.max()
     levels = [*(below * np.array([0.9, 0.6, 0.3, 0.08])), 0, *(above * np.linspace(0.06, 1, 12)**2)]
@@ -178,17 +181,17 @@ def _draw_saddle(numbers: dict[str, Any]) -> Picture:
     ax.contour(x, y, loss, levels=levels, colors="#a8a8a8", linewidths=0.7)
     ax.grid(visible=False)
     for name, found in numbers["escape"].items():
-        style.path(ax, name, RULES[name].label, found["path"], markevery=10)
+        style.path(ax, name, RULES[name].label, found["picture"], markevery=4)
     ax.plot(0, 0, "X", color=style.GRADIENT, markersize=11, markeredgecolor="white", zorder=5,
             label="saddle")
     ax.plot(0, np.sqrt(FALL), "*", color=style.GRADIENT, markersize=15, markeredgecolor="white",
             zorder=5, label="minimum")
-    ax.set(xlim=(-0.7, 1.1), ylim=(-0.12, 0.5))
+    ax.set(xlim=(-0.4, 0.6), ylim=(-0.1, 0.46))
     ax.legend(loc="upper right")
     return Picture(
         "row2-saddle", figure,
-        "All three start on the right, a thousandth off the ridge, and end in the same minimum. A "
-        "marker stands for ten steps: SGD's crowd at the saddle.",
+        "All three start on the right, just off the ridge, and end in the same minimum. A marker "
+        "stands for four steps: SGD's crowd where the gradient is small.",
         "Contours of a saddle. Three paths run from the right to the saddle and turn upwards to a "
         "minimum; momentum and Nesterov swing past the saddle first.",
     )
@@ -209,9 +212,9 @@ def _draw_plateau(numbers: dict[str, Any]) -> Picture:
             for name, found in numbers["escape"].items()}
     return Picture(
         "row2-plateau", figure,
-        "The loss on the same runs. On a training curve a saddle looks like the end. Half of the "
-        f"way down from it is done after {half['sgd']} steps of SGD, {half['momentum']} of "
-        f"momentum, {half['nesterov']} of Nesterov.",
+        "The loss of runs that start a thousandth off the ridge. On a training curve a saddle "
+        f"looks like the end. Half of the way down from it is done after {half['sgd']} steps of "
+        f"SGD, {half['momentum']} of momentum, {half['nesterov']} of Nesterov.",
         "Loss over steps on a log scale: every curve falls to the level of the saddle, waits "
         "there, and falls on. SGD waits several times as long as the others.",
     )
@@ -252,9 +255,9 @@ def _draw_well(numbers: dict[str, Any]) -> Picture:
     low, deep = (float(well_loss(np.array(numbers["well"][n][-1]))) for n in ("sgd", "momentum"))
     return Picture(
         "row2-well", figure,
-        f"Both are let go at x = {WELL_START}. SGD stops in the first dip, at a loss of {low:.3f}; "
-        f"momentum with ρ = {WELL_MOMENTUM} rolls through and stops at {deep:.3f}. (Momentum's "
-        "path is lifted a little.)",
+        f"Both are let go at x = {number(WELL_START)}. SGD stops in the first dip, at a loss of "
+        f"{number(low, 3)}; momentum with ρ = {WELL_MOMENTUM} rolls through and stops at "
+        f"{number(deep, 3)}. (Momentum's path is lifted a little.)",
         "A curve with two dips. Black markers of SGD end in the left, higher dip; blue markers of "
         "momentum run through it, over the barrier, and end in the right, deeper dip.",
     )
