@@ -273,8 +273,9 @@ def story(numbers: dict[str, Any]) -> Story:
         ),
         f"Nearly always, not always. In {where['larger']} of {where['points']} combinations "
         f"Nesterov overshoots more, by up to {where['worst']:.2f} of the start, "
-        f"{where['larger_beyond']} of those where α·λ > 1: its first step is 1+ρ times SGD's and jumps across a steep valley. That is true "
-        "of x̃, where the gradients are taken and a network's loss is read. The classical x "
+        f"{where['larger_beyond']} of those where α·λ > 1: its first step is 1+ρ times SGD's and "
+        "jumps across a steep valley. That is true of x̃, where the gradients are taken and a "
+        "network's loss is read. The classical x "
         f"overshoots more than momentum in {where['ball_larger']} combinations.",
         (
             ("SGD is slow", f"loss after {STEPS} steps {ends['sgd']}, momentum "

@@ -226,8 +226,9 @@ def _draw_zigzag(numbers: dict[str, Any]) -> Picture:
                              "sign changes per step")
     for name, curve in numbers["zigzag"].items():
         at = np.linspace(0.02, curve["lr"].max(), 600)
-        ax.plot(at, theory.sign_changes(name, 1.0, 0.9, at), **style.line(name, linewidth=1.6))
-        ax.plot(curve["lr"], curve["measured"], **style.dots(name, label=RULES[name].label))
+        style.compare(ax, name, RULES[name].label,
+                      (at, theory.sign_changes(name, 1.0, 0.9, at)),
+                      (curve["lr"], curve["measured"]))
     ax.set_ylim(-0.05, 1.12)
     ax.legend(loc="upper left", bbox_to_anchor=(0, 0.93))
     steep = {name: _at_steep(numbers, name)["measured"] for name in ("sgd", "momentum")}
@@ -251,10 +252,9 @@ def _draw_eigenvalues(numbers: dict[str, Any]) -> Picture:
     for name in RULES:
         lr, momentum = theory.textbook(name, found["kappa"])
         with np.errstate(divide="ignore"):
-            ax.plot(fine, -np.log(theory.contraction(name, lr, momentum, fine)),
-                    **style.line(name, linewidth=1.6))
-            ax.plot(found["curvature"][::2], -np.log(found[name][::2]),
-                    **style.dots(name, label=RULES[name].label))
+            style.compare(ax, name, RULES[name].label,
+                          (fine, -np.log(theory.contraction(name, lr, momentum, fine))),
+                          (found["curvature"][::2], -np.log(found[name][::2])))
     ax.set(xscale="log", yscale="log", ylim=(1e-4, 30))
     ax.legend(loc="upper left")
     rate = {name: number(-np.log(found[name].max()), 2) for name in RULES}
@@ -274,10 +274,9 @@ def _draw_counts(numbers: dict[str, Any]) -> Picture:
                              "steps to a millionth of the error")
     for name, count in numbers["counts"].items():
         slope, level = np.polyfit(np.log(count["kappa"]), np.log(count["steps"]), 1)
-        ax.plot(count["kappa"], np.exp(level) * count["kappa"]**slope,
-                **style.line(name, linewidth=1.4))
-        ax.plot(count["kappa"], count["steps"],
-                **style.dots(name, label=f"{RULES[name].label}: κ^{count['exponent']:.3f}"))
+        style.compare(ax, name, f"{RULES[name].label}: κ^{count['exponent']:.3f}",
+                      (count["kappa"], np.exp(level) * count["kappa"]**slope),
+                      (count["kappa"], count["steps"]))
     ax.set(xscale="log", yscale="log")
     ax.legend(loc="upper left")
     at = {name: f"{count['steps'][np.flatnonzero(count['kappa'] == 1e5)[0]]:.0f}"
@@ -295,11 +294,11 @@ def _draw_edges(numbers: dict[str, Any]) -> Picture:
     figure, ax = style.panel("The edge of stability", "momentum ρ", "largest stable α·L")
     rho = np.linspace(0, 0.999, 300)
     for name in RULES:
-        ax.plot(rho, [theory.stability_edge(name, r, 1.0) for r in rho],
-                **style.line(name, linewidth=1.6))
         found = [e for e in numbers["edges"] if e["rule"] == name]
-        ax.plot([e["momentum"] for e in found], [e["measured"] * EDGE_CURVATURE for e in found],
-                **style.dots(name, label=RULES[name].label))
+        style.compare(ax, name, RULES[name].label,
+                      (rho, [theory.stability_edge(name, r, 1.0) for r in rho]),
+                      ([e["momentum"] for e in found],
+                       [e["measured"] * EDGE_CURVATURE for e in found]))
     ax.set_ylim(0, 4.4)
     ax.legend(loc="upper left")
     worst = max(abs(e["measured"] / e["theory"] - 1) for e in numbers["edges"])

@@ -109,11 +109,12 @@ def checks(numbers: dict[str, Any]) -> list[Check]:
 
 def draw_ground(ax: Any, at: np.ndarray) -> None:
     """Draw the contours that both arrow pictures stand on, around a point."""
-    x, y = (center + np.linspace(-1, 1, 160) for center in (at[0] + 0.25, at[1] - 0.15))
+    x = at[0] + 0.25 + np.linspace(-0.62, 0.62, 160)
+    y = at[1] - 0.15 + np.linspace(-0.42, 0.42, 160)
     gx, gy = np.meshgrid(x, y)
     style.contours(ax, gx, gy, (BOWL[0] * gx**2 + BOWL[1] * gy**2) / 2, levels=14)
-    ax.set(xlim=x[[30, -31]], ylim=y[[42, -43]], xticks=[], yticks=[])
-    ax.set_aspect("equal", adjustable="datalim")   # gradients stand upright on contour lines
+    # Equal aspect, so that gradients stand upright on contour lines.
+    ax.set(xlim=x[[0, -1]], ylim=y[[0, -1]], aspect="equal", xticks=[], yticks=[])
 
 
 def figures(numbers: dict[str, Any]) -> list[Picture]:

@@ -1,13 +1,21 @@
 """Row 5, Nesterov momentum: look ahead, change variables; what convexity buys, and what not."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 import optcore
-from lecture import measure, momentum, saddles, style, theory
+from lecture import measure, saddles, style, theory
 from lecture.claims import Check, Picture, Story, absolute, at_most, number, relative
+from lecture.momentum import (
+    ARROWS_LR,
+    ARROWS_MOMENTUM,
+    arrows_state,
+    bowl_gradient,
+    draw_ground,
+)
 from lecture.rules import RULES, Rule, Rules
 
 FORMS, ARROWS = "Four ways to write one method", "The arrows"
@@ -20,15 +28,19 @@ WELL_STARTS = np.linspace(-2.2, 2.2, 881)
 
 
 def look_ahead(rule: Rule, gradient: measure.Gradient, start: np.ndarray, *, lr: float,
-               momentum: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
+               momentum: Callable[[int], float], steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Run the classical form: momentum, with the gradient taken where the velocity leads.
 
     Parameters
     ----------
     rule : Rule
         Momentum; the look-ahead is in the gradient's argument alone.
+    gradient : callable
+    start : array (n,)
+    lr : float
     momentum : callable of the step count
         ρ, which the convex guarantee needs to grow.
+    steps : int
 
     Returns
     -------
@@ -79,18 +91,18 @@ def _forms(rules: Rules, lr: float = 0.05, rho: float = 0.9, steps: int = 400, s
 
 def _arrows(rules: Rules) -> dict[str, np.ndarray]:
     """Take both steps from the state of row 4's picture."""
-    lr, rho = momentum.ARROWS_LR, momentum.ARROWS_MOMENTUM
-    x, v = momentum.arrows_state(rules)
+    lr, rho = ARROWS_LR, ARROWS_MOMENTUM
+    x, v = arrows_state(rules)
     ahead = x - lr * rho * v
     ends = {}
     for name, at in (("momentum", x), ("nesterov", ahead)):
         end, velocity = x.copy(), v.copy()
-        rules["momentum"].step(end, momentum.bowl_gradient(at), velocity, lr, rho)
+        rules["momentum"].step(end, bowl_gradient(at), velocity, lr, rho)
         ends[name] = end
     # The same step in the variables of the engine's Nesterov, where x̃ is the look-ahead point.
     shifted, velocity = ahead.copy(), v.copy()
-    rules["nesterov"].step(shifted, momentum.bowl_gradient(ahead), velocity, lr, rho)
-    return {"at": x, "velocity": ahead - x, "gradient": -lr * momentum.bowl_gradient(ahead),
+    rules["nesterov"].step(shifted, bowl_gradient(ahead), velocity, lr, rho)
+    return {"at": x, "velocity": ahead - x, "gradient": -lr * bowl_gradient(ahead),
             "momentum": ends["momentum"] - x, "step": ends["nesterov"] - x,
             "shifted_back": shifted + lr * rho * velocity - x}
 
@@ -209,7 +221,7 @@ def figures(numbers: dict[str, Any]) -> list[Picture]:
 def _draw_arrows(numbers: dict[str, Any]) -> Picture:
     figure, ax = style.panel("The Nesterov step", "", "")
     a = numbers["arrows"]
-    momentum.draw_ground(ax, a["at"])
+    draw_ground(ax, a["at"])
     ahead = a["at"] + a["velocity"]
     style.arrow(ax, a["at"], a["momentum"], style.GREY, linewidth=1.2, linestyle=":")
     style.arrow(ax, a["at"], a["velocity"], style.COLOR["nesterov"])
@@ -241,8 +253,9 @@ def _draw_forms(numbers: dict[str, Any]) -> Picture:
     worst = max(d.max() for d in numbers["forms"].values()) / np.finfo(float).eps
     return Picture(
         "row5-forms", figure,
-        f"Differences from the look-ahead form, relative to the largest coordinate: at most "
-        f"{worst:.1f} units of rounding (2⁻⁵²) in {len(difference) - 1} steps.",
+        "Differences from the look-ahead form, relative to the largest coordinate: at most "
+        f"{worst:.1f} units of rounding (2⁻⁵²) in {len(difference) - 1} steps. "
+        "The lecture's line is run as it stands on the slide, in NumPy; the rest is the engine.",
         "Differences between the forms over steps: a few units of rounding, not growing.",
     )
 
@@ -339,7 +352,8 @@ def story(numbers: dict[str, Any]) -> Story:
         ),
         "Where the loss is not convex Nesterov promises nothing, as the lecture warns: in the "
         f"double well it carries {100 * wells['left']['nesterov']:.0f} % of the starts out of the "
-        f"better minimum, momentum {100 * wells['left']['momentum']:.0f} %, SGD none.",
+        f"better minimum, momentum {100 * wells['left']['momentum']:.0f} %, "
+        f"SGD {100 * wells['left']['sgd']:.0f} %.",
         (
             ("The change of variables gives the same method",
              f"forms differ by at most {number(forms, 1)}", "0, up to rounding"),

@@ -156,10 +156,10 @@ def story(numbers: dict[str, Any]) -> Story:
     failed = [f"{_who(rule, momentum)} at α = {lr:g}" for (lr, rule, momentum), run in runs.items()
               if not run["final"] < 1 and lr > low]
     return Story(
-        "network", "A real network: 64–64–10 on the digits",
+        "network", "A real network, on the digits",
         "Momentum and Nesterov are what one uses in practice, with ρ = 0.9 or 0.99.",
         (
-            f"The digits network, minibatches of {BATCH}, {numbers['seeds']} seeds, every update "
+            f"A 64–64–10 network, minibatches of {BATCH}, {numbers['seeds']} seeds, every update "
             "by <code>optcore.SGD</code>. A step costs about the same under all three rules "
             f"({min(times):.0f} to {max(times):.0f} µs with the gradient), so the curves over wall "
             "time look like those over steps.",

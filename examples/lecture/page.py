@@ -112,6 +112,13 @@ def _check_table(group: str, checks: Sequence[Check]) -> str:
             f"</summary>{content}</details>")
 
 
+def _unbroken(text: str) -> str:
+    """Keep a number and its unit, a letter and its value, on one line."""
+    for apart in (" %", "ρ = ", "α = ", "κ = "):
+        text = text.replace(apart, apart.replace(" ", "\N{NO-BREAK SPACE}"))
+    return text
+
+
 def _image(picture: Picture, file: str, more: str = "") -> str:
     width, height = (round(100 * side) for side in picture.figure.get_size_inches())
     return (f'<img src="{file}" width="{width}" height="{height}" '
@@ -140,9 +147,11 @@ def section(story: Story, pictures: Sequence[Picture], checks: Sequence[Check],
     figures = "".join(map(_figure, pictures))
     tables = "".join(_check_table(group, list(members))
                      for group, members in groupby(checks, key=lambda c: c.group))
-    return (f'<section id="{story.anchor}"><h2>{story.title}</h2>'
-            f"<blockquote><b>The lecture:</b> {story.lecture}</blockquote>{paragraphs}{but}"
-            f'<div class="figures">{figures}</div>{tables}{extra}</section>')
+    return _unbroken(
+        f'<section id="{story.anchor}"><h2>{story.title}</h2>'
+        f"<blockquote><b>The lecture:</b> {story.lecture}</blockquote>{paragraphs}{but}"
+        f'<div class="figures">{figures}</div>{tables}{extra}</section>'
+    )
 
 
 def page(stories: Sequence[Story], sections: Sequence[str], checks: Sequence[Check],

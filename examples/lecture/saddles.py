@@ -224,8 +224,8 @@ def _draw_escape(numbers: dict[str, Any]) -> Picture:
     figure, ax = style.panel("Steps to leave the saddle", "distance from the ridge at the start",
                              f"steps until it is {LEFT}")
     for name, found in numbers["escape"].items():
-        ax.plot(STARTS, found["theory"], **style.line(name, linewidth=1.5))
-        ax.plot(STARTS, found["measured"], **style.dots(name, label=RULES[name].label))
+        style.compare(ax, name, RULES[name].label, (STARTS, found["theory"]),
+                      (STARTS, found["measured"]))
     ax.set(xscale="log", ylim=(0, None))
     ax.legend(loc="upper right")
     worst = max(np.abs(f["measured"] / f["theory"] - 1).max() for f in numbers["escape"].values())

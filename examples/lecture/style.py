@@ -44,7 +44,7 @@ _RC = {
     "lines.linewidth": 2.0,
     "lines.markersize": 5.5,
     "mathtext.fontset": "dejavusans",
-    "savefig.dpi": 200,
+    "savefig.dpi": 160,
     "svg.hashsalt": "lecture",   # the same figure gives the same file
     "xtick.color": "#333333",
     "xtick.labelsize": 11.5,
@@ -78,6 +78,13 @@ def dots(rule: str, **more: object) -> dict[str, object]:
     """Return the keywords that draw a rule's measurements: markers without a line."""
     return {"color": COLOR[rule], "linestyle": "none", "marker": MARKER[rule],
             "markeredgecolor": "white", "markeredgewidth": 0.7, "markersize": 7, **more}
+
+
+def compare(ax: Axes, rule: str, label: str, theory: tuple[object, object],
+            measured: tuple[object, object]) -> None:
+    """Draw what theory says as a rule's line, and what was measured as its markers."""
+    ax.plot(*theory, **line(rule, linewidth=1.5))
+    ax.plot(*measured, **dots(rule, label=label))
 
 
 def path(ax: Axes, rule: str, label: str, points: np.ndarray, **more: object) -> None:
