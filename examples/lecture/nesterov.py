@@ -229,7 +229,7 @@ def _draw_arrows(numbers: dict[str, Any]) -> Picture:
     style.arrow(ax, a["at"], a["step"], style.COLOR["momentum"])
     ax.plot(*a["at"], "o", color="black", markersize=8, zorder=6)
     style.tag(ax, ahead, "velocity −αρv", style.COLOR["nesterov"], (-4, -16))
-    style.tag(ax, ahead + a["gradient"] / 2, "gradient, taken ahead", style.GRADIENT, (10, -6),
+    style.tag(ax, ahead + a["gradient"] / 2, "gradient, taken ahead", style.GRADIENT, (14, -24),
               "left")
     style.tag(ax, a["at"] + a["step"], "actual step", style.COLOR["momentum"], (8, 4), "left")
     return Picture(
