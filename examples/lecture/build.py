@@ -83,16 +83,16 @@ def build(out: Path, *, seeds: int = network.SEEDS, console: Console | None = No
             begin(f"Measuring {row.__name__.rpartition('.')[2]}")
             numbers = row.measured()
             bar.advance(task)
-            race = add(row, numbers)[0]   # the last row's first picture
-        begin("Animating row 6")
-        comparison.animate(numbers, out / f"{race.name}.gif")
+            hero = add(row, numbers)[0]
+        begin("Animating the comparison")   # the last row's first picture
+        comparison.animate(numbers, out / f"{hero.name}.gif")
         bar.advance(task)
         begin("Training the network")
         numbers = network.measured(seeds=seeds, progress=lambda: bar.advance(task))
         head, *rows = network.table(numbers)
         add(network, numbers, page.table(head, rows))
         begin("Writing the page")
-        html = page.page(stories, sections, checks, hero=page.animation(race),
+        html = page.page(stories, sections, checks, hero=page.animation(hero),
                          version=optcore.__version__)
         (out / "index.html").write_text(html, encoding="utf-8")
         results = [{**asdict(check), "holds": check.holds} for check in checks]

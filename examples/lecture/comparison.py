@@ -40,15 +40,19 @@ def _overshoots(rules: Rules) -> dict[str, np.ndarray]:
     found = {name: np.zeros(shape) for name in ("momentum", "nesterov", "nesterov_ball")}
     for i, lr in enumerate(GRID_LR):
         for j, rho in enumerate(GRID_MOMENTUM):
-            steps = int(8 / np.sqrt(lr / GRID_KAPPA[-1]))   # more than half a swing of the slowest
             for name in ("momentum", "nesterov"):
                 path = measure.trajectory(rules[name], lambda x: x / GRID_KAPPA,
                                           np.ones(GRID_KAPPA.size), lr=lr, momentum=rho,
-                                          steps=steps)
+                                          steps=_grid_steps(lr))
                 found[name][i, j] = measure.first_overshoot(path)
                 if name == "nesterov":
                     found["nesterov_ball"][i, j] = measure.first_overshoot(_ball(path, lr))
     return found
+
+
+def _grid_steps(lr: float) -> int:
+    """Return more steps than half a swing takes in the shallowest direction, π/√(αλ)."""
+    return int(8 / np.sqrt(lr / GRID_KAPPA[-1]))
 
 
 def _ball(path: np.ndarray, lr: float) -> np.ndarray:
@@ -136,10 +140,9 @@ def _grid_checks(grid: dict[str, np.ndarray]) -> list[Check]:
     for name in ("momentum", "nesterov"):
         worst = 0.0
         for i, lr in enumerate(GRID_LR):
-            steps = int(8 / np.sqrt(lr / GRID_KAPPA[-1]))
             for j, rho in enumerate(GRID_MOMENTUM):
                 expected = measure.first_overshoot(
-                    theory.modes(name, lr, rho, 1 / GRID_KAPPA, steps))
+                    theory.modes(name, lr, rho, 1 / GRID_KAPPA, _grid_steps(lr)))
                 worst = max(worst, float(np.abs(grid[name][i, j] - expected).max()))
         claims.append(at_most(OVERSHOOT, f"{RULES[name].label}: largest deviation on the grid of "
                               f"{grid[name].size} points", worst, 1e-9, rests_on_momentum=True))
@@ -173,9 +176,9 @@ def _draw_race(numbers: dict[str, Any]) -> Picture:
         f"α = {LR}/L, ρ = {MOMENTUM}, κ = {CURVATURES[1] / CURVATURES[0]:.0f}, {STEPS} steps. "
         f"Along the valley momentum overshoots by {share['momentum']:.0f} % of its way, Nesterov "
         f"by {share['nesterov']:.0f} %, SGD by {share['sgd']:.0f} %.",
-        "The lecture's picture: on a tilted bowl the black path of SGD is slow, the blue of "
-        "momentum and the green of Nesterov overshoot the minimum and come back, Nesterov's less "
-        "far.",
+        "The lecture's picture: on a tilted bowl the black path of "
+        "SGD is slow, the blue of momentum and the green of Nesterov "
+        "overshoot the minimum and come back, Nesterov's less far.",
         animated=True,
     )
 
@@ -263,10 +266,10 @@ def story(numbers: dict[str, Any]) -> Story:
         "SGD is slow. Momentum and Nesterov overshoot the minimum because of the velocity they "
         "have built up, then correct and converge faster. Nesterov overshoots less.",
         (
-            "All three take the same α from the same start. On this bowl the lecture's picture "
-            f"comes out as drawn: momentum swings {100 * race['momentum']['overshoot'][0]:.0f} % "
-            f"of its way past the minimum, Nesterov {100 * race['nesterov']['overshoot'][0]:.0f} "
-            "%.",
+            "All three take the same α from the same start. On this bowl the "
+            "lecture's picture comes out as drawn: momentum swings "
+            f"{100 * race['momentum']['overshoot'][0]:.0f} % of its way past the "
+            f"minimum, Nesterov {100 * race['nesterov']['overshoot'][0]:.0f} %.",
             "Is that so in general? On a quadratic the overshoot depends on α·λ and ρ alone, so "
             "one map holds every case. As long as α·λ ≤ 1, Nesterov's first overshoot is larger in "
             f"{where['larger_within']} of the {where['within']} combinations on our grid.",

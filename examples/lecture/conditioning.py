@@ -13,6 +13,7 @@ from lecture.rules import RULES, Rule, Rules
 KAPPAS = tuple(10.0**e for e in range(1, 7))
 ACCURACY = 1e-6
 SHELL = np.array([1.0, 0.02])        # curvatures of the taco shell: steep, shallow
+SHELL_MOMENTUM = 0.8
 SHELL_START = np.array([0.55, -1.0])
 STEEP_LR = 1.8                       # times the steep curvature: inside SGD's edge at 2
 EDGE_CURVATURE = 4.0
@@ -116,7 +117,7 @@ def measured(rules: Rules = RULES) -> dict[str, Any]:
         "edges": _edges(rules),
         "zigzag": _zigzag(rules),
         "sizes": _sizes(),
-        "shell": {"sgd": _shell(rules["sgd"], 0.0), "momentum": _shell(rules["momentum"], 0.8)},
+        "shell": {name: _shell(rules[name], SHELL_MOMENTUM) for name in ("sgd", "momentum")},
         "per_eigenvalue": {
             "kappa": kappa,
             "curvature": spectrum,
@@ -214,10 +215,10 @@ def _draw_shell(numbers: dict[str, Any]) -> Picture:
         "row1-shell", figure,
         f"κ = {kappa:.0f}, the same α for both, {len(numbers['shell']['sgd']) - 1} steps. SGD "
         f"jumps from wall to wall and still has {100 * left['sgd']:.0f} % of its way to go; "
-        f"momentum (ρ = 0.8) has {100 * left['momentum']:.1f} %.",
-        "Contour lines of a long narrow valley. The black path of SGD zigzags between the walls "
-        "and creeps along the valley; the blue path of momentum swings a few times and reaches the "
-        "minimum.",
+        f"momentum (ρ = {SHELL_MOMENTUM}) has {100 * left['momentum']:.1f} %.",
+        "Contour lines of a long narrow valley. The black path of SGD "
+        "zigzags between the walls and creeps along the valley; the blue "
+        "path of momentum swings a few times and reaches the minimum.",
     )
 
 
@@ -238,9 +239,9 @@ def _draw_zigzag(numbers: dict[str, Any]) -> Picture:
         f"{steep['sgd']:.2f} times a step, momentum {steep['momentum']:.2f}. Below α·L = 1 SGD "
         "does not zigzag at all, and momentum swings instead; Nesterov zigzags as SGD does beyond "
         "1, and ends early, at its edge of stability.",
-        "Sign changes per step over the learning rate. SGD jumps from 0 to 1 at α·L = 1, momentum "
-        "rises smoothly to about one half, Nesterov lies below momentum until 1 and then jumps to "
-        "1.",
+        "Sign changes per step over the learning rate. SGD jumps from "
+        "0 to 1 at α·L = 1, momentum rises smoothly to about one half, "
+        "Nesterov lies below momentum until 1 and then jumps to 1.",
     )
 
 
@@ -260,9 +261,9 @@ def _draw_eigenvalues(numbers: dict[str, Any]) -> Picture:
     rate = {name: number(-np.log(found[name].max()), 2) for name in RULES}
     return Picture(
         "row1-eigenvalues", figure,
-        f"κ = 10⁴, textbook-optimal α and ρ; the lowest point of a curve is what counts. SGD: "
-        f"{rate['sgd']} a step, momentum {rate['momentum']}, Nesterov {rate['nesterov']}. "
-        "Momentum spends the same on every direction.",
+        f"κ = 10{_power(found['kappa'])}, textbook-optimal α and ρ; the lowest point of a curve is "
+        f"what counts. SGD: {rate['sgd']} a step, momentum {rate['momentum']}, Nesterov "
+        f"{rate['nesterov']}. Momentum spends the same on every direction.",
         "Log-log plot of the rate over the eigenvalue. SGD's rate falls in proportion to the "
         "eigenvalue, momentum's is flat and a hundred times higher at the shallow end, Nesterov's "
         "is between. Markers lie on the theory lines.",

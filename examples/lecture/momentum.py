@@ -179,8 +179,8 @@ def _draw_speed(numbers: dict[str, Any]) -> Picture:
         "row4-speed", figure,
         f"A constant gradient for {before + 350} steps, then none. ρ = 0.9 reaches ten times SGD's "
         "step, 0.99 a hundred times; with friction 1−ρ the speed then dies away.",
-        "Speed over steps on a log scale: curves rise to 2, 10 and 100 and decay after the push "
-        "ends.",
+        "Speed over steps on a log scale: curves rise to "
+        "2, 10 and 100 and decay after the push ends.",
     )
 
 
@@ -193,11 +193,11 @@ def story(numbers: dict[str, Any]) -> Story:
         "in the direction of the velocity, not of the raw gradient: the actual step is a weighted "
         "sum of the gradient and velocity vectors.",
         (
-            "<code>v = ρ·v + g; x = x − α·v</code>. Written out, v is Σ ρⁱ·g₋ᵢ: every gradient "
-            "counts, older ones less. It is a running <em>sum</em> rather than a mean, which is "
-            f"why a steady gradient is amplified {speeds[0.9]['terminal']:.0f} times at ρ = 0.9 "
-            f"and {speeds[0.99]['terminal']:.0f} times at 0.99. When tuning, lower α along with "
-            "1−ρ.",
+            "<code>v = ρ·v + g; x = x − α·v</code>. Written out, v is Σ ρⁱ·g₋ᵢ: every "
+            "gradient counts, older ones less. It is a running <em>sum</em> rather than a "
+            f"mean, which is why a steady gradient is amplified {speeds[0.9]['terminal']:.0f} "
+            f"times at ρ = 0.9 and {speeds[0.99]['terminal']:.0f} times at 0.99. When tuning, "
+            "lower α along with 1−ρ.",
             "1−ρ is the share of the speed that friction takes at each step. Without a gradient "
             f"the speed halves in {speeds[0.9]['half']:.1f} steps at ρ = 0.9, in "
             f"{speeds[0.99]['half']:.0f} at 0.99.",

@@ -296,8 +296,8 @@ def _draw_cycle(numbers: dict[str, Any]) -> Picture:
         f"A convex loss with curvatures from 1 to 25; each rule at its textbook optimum. "
         f"Momentum circles through {points} for ever (dotted: theory). Nesterov, whose guarantee "
         "covers every convex loss, arrives.",
-        "x over steps: momentum jumps between three values for ever; SGD and Nesterov settle at "
-        "zero.",
+        "x over steps: momentum jumps between three "
+        "values for ever; SGD and Nesterov settle at zero.",
     )
 
 
@@ -321,9 +321,9 @@ def _draw_wells(numbers: dict[str, Any]) -> Picture:
         f"Nesterov {100 * wells['left']['nesterov']:.0f} %; of those in the worse, they find out "
         f"in {100 * wells['found']['sgd']:.0f} %, {100 * wells['found']['momentum']:.0f} % and "
         f"{100 * wells['found']['nesterov']:.0f} %.",
-        "For each start, whether a rule ends in the local or in the global minimum. SGD's answer "
-        "is the basin it starts in; momentum's and Nesterov's alternate with the speed they arrive "
-        "at.",
+        "For each start, whether a rule ends in the local or in the global "
+        "minimum. SGD's answer is the basin it starts in; momentum's and "
+        "Nesterov's alternate with the speed they arrive at.",
     )
 
 
@@ -334,21 +334,20 @@ def story(numbers: dict[str, Any]) -> Story:
     worst = (numbers["worst"]["nesterov"] / numbers["worst"]["nesterov_bound"]).max()
     return Story(
         "row-5", "Nesterov: look ahead along the velocity",
-        "Instead of the gradient at the current point, take it at the point where the velocity "
-        "would lead, then combine. A change of variables x̃ = x + ρ·v lets one evaluate loss and "
-        "gradient at the same point. Excellent for convex problems; no guarantee for non-convex "
-        "ones.",
+        "Instead of the gradient at the current point, take it at the point "
+        "where the velocity would lead, then combine. A change of variables "
+        "x̃ = x + ρ·v lets one evaluate loss and gradient at the same point. "
+        "Excellent for convex problems; no guarantee for non-convex ones.",
         (
-            "If the velocity is about to carry the ball too far, the gradient out there already "
-            "points back. Classically the gradient is taken at x + ρ·v, which is awkward where "
-            "loss and gradient come together. In x̃ it is "
-            "<code>v = ρ·v − α·g; x̃ = x̃ + ρ·v − α·g</code>, which is the lecture's "
-            "<code>−ρ·v_old + (1+ρ)·v</code> rearranged. All forms give the same points to "
-            "rounding.",
-            "For convex losses there is a theorem, 2LR²/(k+1)², and no method that uses gradients "
-            "alone can do better than a constant below it. Plain momentum has no such theorem: on "
-            "a convex loss with two kinks in its gradient, textbook-optimal momentum circles for "
-            "ever.",
+            "If the velocity is about to carry the ball too far, the gradient out there "
+            "already points back. Classically the gradient is taken at x + ρ·v, which is "
+            "awkward where loss and gradient come together. In x̃ it is <code>v = ρ·v − "
+            "α·g; x̃ = x̃ + ρ·v − α·g</code>, which is the lecture's <code>−ρ·v_old + "
+            "(1+ρ)·v</code> rearranged. All forms give the same points to rounding.",
+            "For convex losses there is a theorem, 2LR²/(k+1)², and no method "
+            "that uses gradients alone can do better than a constant below it. "
+            "Plain momentum has no such theorem: on a convex loss with two "
+            "kinks in its gradient, textbook-optimal momentum circles for ever.",
         ),
         "Where the loss is not convex Nesterov promises nothing, as the lecture warns: in the "
         f"double well it carries {100 * wells['left']['nesterov']:.0f} % of the starts out of the "

@@ -143,8 +143,8 @@ def _draw(numbers: dict[str, Any], lr: float, over: str) -> Picture:
         f"Median of {numbers['seeds']} seeds, band from the lowest to the highest. Best after "
         f"{numbers['steps']} steps: {_who(*best)}, loss {finals[best]:.2g}; SGD "
         f"{finals['sgd', 0.0]:.2g}.",
-        f"Training loss of five configurations over {unit} at learning rate {lr:g}, with bands "
-        "over seeds.",
+        f"Training loss of five configurations over {unit} "
+        f"at learning rate {lr:g}, with bands over seeds.",
     )
 
 
@@ -163,11 +163,11 @@ def story(numbers: dict[str, Any]) -> Story:
             "by <code>optcore.SGD</code>. A step costs about the same under all three rules "
             f"({min(times):.0f} to {max(times):.0f} µs with the gradient), so the curves over wall "
             "time look like those over steps.",
-            f"At α = {low:g} SGD crawls and momentum helps most: it comes to "
-            f"{runs[low, 'momentum', 0.9]['final']:.2g} where SGD is at "
-            f"{runs[low, 'sgd', 0.0]['final']:.2g}. At α = {high:g} SGD is already fast "
-            f"({runs[high, 'sgd', 0.0]['final']:.2g}), which is row 3's lesson: what counts is "
-            "α/(1−ρ).",
+            f"At α = {low:g} SGD crawls and momentum helps most: it comes "
+            f"to {runs[low, 'momentum', 0.9]['final']:.2g} where SGD is at "
+            f"{runs[low, 'sgd', 0.0]['final']:.2g}. At α = {high:g} SGD is "
+            f"already fast ({runs[high, 'sgd', 0.0]['final']:.2g}), which "
+            "is row 3's lesson: what counts is α/(1−ρ).",
         ),
         "More momentum is not always better. Above a median loss of 1, or not finite, at the end: "
         + ("; ".join(failed) if failed else "none") + ".",

@@ -1,6 +1,7 @@
 """Row 3, noisy gradients: what minibatches do to the path, and what momentum averages out."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -157,14 +158,18 @@ def figures(numbers: dict[str, Any]) -> list[Picture]:
     """Draw this row."""
     return [
         _draw_walks(numbers), _draw_direction(numbers),
-        _draw_variance(numbers["equal_lr"], "row3-equal-lr", "Same α: momentum is noisier",
-                       lambda rho: LR, "α = 0.02 for all. At the same α momentum takes steps "
-                       "1/(1−ρ) times as long, and its stationary variance is larger by about as "
-                       "much: {0:.1f} times SGD's at ρ = 0.9, {1:.0f} times at 0.99."),
-        _draw_variance(numbers["equal_step"], "row3-equal-step", "Same effective step: quieter",
-                       lambda rho: EFFECTIVE * (1 - rho), "α/(1−ρ) = 0.5 for all. Now the noise "
-                       "does average out: momentum's variance is {0:.2f} of SGD's at ρ = 0.9, "
-                       "{1:.2f} at 0.99."),
+        _draw_variance(
+            numbers["equal_lr"], lambda rho: LR, "row3-equal-lr", "Same α: momentum is noisier",
+            f"α = {LR} for all. At the same α momentum takes steps 1/(1−ρ) times as long, and its "
+            "stationary variance is larger by about as much: {0:.1f} times SGD's at ρ = 0.9, "
+            "{1:.0f} times at 0.99.",
+        ),
+        _draw_variance(
+            numbers["equal_step"], lambda rho: EFFECTIVE * (1 - rho), "row3-equal-step",
+            "Same effective step: quieter",
+            f"α/(1−ρ) = {EFFECTIVE} for all. Now the noise does average out: momentum's variance "
+            "is {0:.2f} of SGD's at ρ = 0.9, {1:.2f} at 0.99.",
+        ),
         _draw_batches(numbers),
     ]
 
@@ -182,9 +187,9 @@ def _draw_walks(numbers: dict[str, Any]) -> Picture:
     walked = numbers["walked"]
     return Picture(
         "row3-walk", figure,
-        f"The same noise, the same effective step. In {len(points) // 2 - 1} steps SGD walks "
-        f"{walked['sgd']:.0f} units of length, momentum {walked['momentum']:.0f}, to the same "
-        "place.",
+        "The same noise, the same effective step. In "
+        f"{len(points) // 2 - 1} steps SGD walks {walked['sgd']:.0f} units "
+        f"of length, momentum {walked['momentum']:.0f}, to the same place.",
         "Contours of a bowl with two noisy paths to its minimum: SGD's jitters from wall to wall, "
         "momentum's is a smooth curve.",
     )
@@ -212,8 +217,9 @@ def _draw_direction(numbers: dict[str, Any]) -> Picture:
     )
 
 
-def _draw_variance(rows: list[dict[str, Any]], name: str, title: str, lr: Any, caption: str
-                   ) -> Picture:
+def _draw_variance(rows: list[dict[str, Any]], lr: Callable[[float], float], name: str,
+                   title: str, caption: str) -> Picture:
+    """Draw variances over ρ; the caption takes momentum's over SGD's at ρ = 0.9 and 0.99."""
     figure, ax = style.panel(title, "momentum ρ", "stationary variance of x")
     rho = np.linspace(0, 0.993, 120)
     for rule in ("momentum", "nesterov"):
@@ -252,9 +258,9 @@ def _draw_batches(numbers: dict[str, Any]) -> Picture:
     ax.legend(loc="upper right")
     return Picture(
         "row3-batches", figure,
-        f"Variance of the gradient of a 64–32–10 network, {DRAWS} minibatches a point. Fitted "
-        f"exponent {number(batches['exponent'], 4)}; theory: −1, and the level from single "
-        "examples.",
+        f"Variance of the gradient of a 64–32–10 network, {DRAWS} minibatches "
+        f"a point. Fitted exponent {number(batches['exponent'], 4)}; theory: "
+        "−1, and the level from single examples.",
         "Log-log plot of the minibatch gradient's variance over the batch size: a straight line of "
         "slope minus one with markers on it.",
     )
@@ -283,10 +289,10 @@ def story(numbers: dict[str, Any]) -> Story:
             f"<em>effective</em> step α/(1−ρ) = {EFFECTIVE} its iterates lie closer to the "
             f"minimum, with {quieter:.2f} of SGD's variance.",
         ),
-        "It depends on what one holds equal. At the <em>same α</em> momentum takes steps ten times "
-        f"as long at ρ = 0.9, and is {louder:.1f} times as noisy around the minimum. And the gain "
-        "at equal effective step vanishes for small steps, where SGD, too, averages over many "
-        "gradients.",
+        "It depends on what one holds equal. At the <em>same α</em> momentum "
+        f"takes steps ten times as long at ρ = 0.9, and is {louder:.1f} times "
+        "as noisy around the minimum. And the gain at equal effective step "
+        "vanishes for small steps, where SGD, too, averages over many gradients.",
         (
             ("Minibatch gradients are noisy", "variance falls as the batch size to the power "
              f"{numbers['batches']['exponent']:.3f}".replace("-", "−"), "−1"),

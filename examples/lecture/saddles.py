@@ -232,9 +232,9 @@ def _draw_escape(numbers: dict[str, Any]) -> Picture:
     ratio = numbers["escape"]["sgd"]["measured"] / numbers["escape"]["momentum"]["measured"]
     return Picture(
         "row2-escape", figure,
-        f"Lines: the growing eigenvalue of the linearised step. Markers: measured, at most "
-        f"{100 * worst:.2f} % off. Momentum leaves {ratio.min():.1f} to {ratio.max():.1f} times as "
-        "fast.",
+        "Lines: the growing eigenvalue of the linearised step. "
+        f"Markers: measured, at most {100 * worst:.2f} % off. Momentum "
+        f"leaves {ratio.min():.1f} to {ratio.max():.1f} times as fast.",
         "Escape time over initial distance, log axis: straight falling lines, SGD far above "
         "momentum and Nesterov, markers on the lines.",
     )
@@ -313,9 +313,9 @@ def story(numbers: dict[str, Any]) -> Story:
             "And saddles are what one meets: among the critical points of a random function in "
             f"{last['d']} dimensions all but {100 * (1 - last['saddle']):.1f} % are saddles.",
         ),
-        "Velocity is a chance, not a guarantee. With more friction than that the ball stays in the "
-        "local minimum as SGD does, and row 5 has starts from which velocity carries it out of the "
-        "better one.",
+        "Velocity is a chance, not a guarantee. With more friction than "
+        "that the ball stays in the local minimum as SGD does, and row 5 "
+        "has starts from which velocity carries it out of the better one.",
         (
             ("SGD is slow at a saddle",
              f"{escape['sgd']['measured'][0]:.1f} steps to leave from 10⁻⁶",
