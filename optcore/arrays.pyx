@@ -12,6 +12,7 @@ from numpy cimport (
     NPY_ARRAY_WRITEABLE,
     NPY_DOUBLE,
     NPY_FLOAT,
+    PyArray_Check,
     PyArray_CheckExact,
     PyArray_CHKFLAGS,
     PyArray_DATA,
@@ -46,7 +47,7 @@ cdef ndarray check_array(object array, bint written, Label label, object keys):
     """Check all that one array can be asked alone."""
     cdef ndarray a
     if not PyArray_CheckExact(array):
-        if not isinstance(array, np.ndarray):
+        if not PyArray_Check(array):        # isinstance would believe a proxy's __class__
             raise TypeError(
                 f"{spell(label, keys)} must be a NumPy array, got {type(array).__name__}"
             )

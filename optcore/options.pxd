@@ -62,6 +62,7 @@ cdef inline Scalars combine(const optcore_options *o) noexcept nogil:
 
 
 cdef double number(object value, str name, Range allowed) except? -1
+cdef int check_rounding(str name, double x) except -1
 cdef bint flag(object value, str name) except -1
 cdef int check_options(
     Family family, const optcore_options *o, Dtype dtype, str prefix=*

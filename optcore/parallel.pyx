@@ -51,22 +51,26 @@ cdef void sweep_share(
     sweep_between(what, tensors, n, begin, end)
 
 
+cdef double sweep_timed(
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, int share, int shares
+) noexcept nogil:
+    cdef double begin = own_time()
+    sweep_share(what, tensors, n, n_elements, share, shares)
+    return own_time() - begin
+
+
 cdef void sweep_all(
     Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements
 ) noexcept nogil:
     """Sweep over `n` tensors whose sizes, where they have a gradient, sum to `n_elements`."""
     cdef int shares = threads_for(n_elements)
     cdef int share
-    cdef double begin, own_begin
-    cdef double own[1]      # an array, for prange makes scalars private
+    cdef double begin, own = 0
     if shares == 1:
         sweep_share(what, tensors, n, n_elements, 0, 1)
         return
     begin = wall_time()
-    own_begin = own_time()
     # As many iterations as threads asked for: should fewer come, they take more than one.
     for share in prange(shares, schedule="static", chunksize=1, num_threads=shares):
-        sweep_share(what, tensors, n, n_elements, share, shares)
-        if share == 0:
-            own[0] = own_time() - own_begin
-    note_threads(shares, own[0], wall_time() - begin)
+        own += sweep_timed(what, tensors, n, n_elements, share, shares)
+    note_threads(own, wall_time() - begin)

@@ -9,10 +9,14 @@ from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.math cimport INFINITY, isfinite, ldexp, sqrt
 from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcmp, memcpy
 from numpy cimport (
+    NPY_ARRAY_C_CONTIGUOUS,
+    NPY_ARRAY_F_CONTIGUOUS,
     NPY_ARRAY_WRITEABLE,
     PyArray_CHKFLAGS,
     PyArray_DATA,
+    PyArray_FLAGS,
     PyArray_SIZE,
     import_array,
     ndarray,
@@ -41,6 +45,7 @@ from optcore.options cimport (
     POSITIVE,
     Family,
     check_options,
+    check_rounding,
     choose_rule,
     combine,
     default_options,
@@ -63,7 +68,7 @@ from optcore.sweep cimport (
     one_tensor,
 )
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -105,6 +110,16 @@ cdef struct Slot:               # what the plan alone knows of a tensor
     const void *bound           # where its bound gradient is
 
 
+class _Bound:
+    """The default of `step`: None would hide a gradient function that forgot to return."""
+
+    def __repr__(self):
+        return "<the bound gradients>"
+
+
+BOUND = _Bound()
+
+
 cdef class Plan:
     """The compiled part of `optcore.SGD`. Not for direct use."""
 
@@ -116,10 +131,12 @@ cdef class Plan:
     cdef Span *_written         # sorted: parameters and arenas
     cdef Partial *_partials
     cdef void **_pointers       # gradients of this step: tensor by tensor, set by set
-    cdef Py_ssize_t _n, _n_groups, _n_written, _n_pointers
-    cdef bint _busy, _single, _any_float64
+    cdef void **_apart          # those last seen to share no memory
+    cdef Span *_spans           # room to sort them
+    cdef Py_ssize_t _n, _n_groups, _n_written, _n_pointers, _n_apart
+    cdef bint _built, _busy, _single, _any_float32, _any_float64
     cdef tuple _params, _keys, _bound, _velocities, _averages
-    cdef list _seen             # the values of each group when it was last read
+    cdef list _seen             # the keys and values of each group when it was last read
     cdef list _group_params
     cdef list _schedules        # for each group a callable or None
     cdef bint _scheduled
@@ -143,6 +160,8 @@ cdef class Plan:
         free(self._written)
         free(self._partials)
         free(self._pointers)
+        free(self._apart)
+        free(self._spans)
 
     def __reduce__(self):
         raise TypeError(
@@ -152,8 +171,11 @@ cdef class Plan:
 
     # Building
 
-    def _build(self, list groups, *, bint single, bint by_name):
-        """Check the parameters of all groups and lay out the tables.
+    def _build(
+        self, list groups, *, bint single, bint by_name, max_norm, skip_nonfinite,
+        track_grad_norm, ema_decay, grads
+    ):
+        """Check everything, lay out the tables, and open the optimizer for use.
 
         `groups` are complete dictionaries; "params" is a tuple, "param_names" a tuple or None.
         """
@@ -193,16 +215,24 @@ cdef class Plan:
                 &self._scalars[g]
             )
             if self._tensors[i].dtype == FLOAT64:
-                self._groups[g].has_float64 = True
-                self._any_float64 = True
+                self._groups[g].has_float64 = self._any_float64 = True
             else:
-                self._groups[g].has_float32 = True
+                self._groups[g].has_float32 = self._any_float32 = True
         self._list_written()
         self._seen = [None] * len(groups)
         self._group_params = [group["params"] for group in groups]
         self._schedules = [None] * len(groups)
         self.param_groups = groups
         self._read_groups()
+        self.max_norm = max_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.track_grad_norm = track_grad_norm
+        self._start_velocities()
+        if ema_decay is not None:
+            self._set_ema_decay(ema_decay)
+        if grads is not None:
+            self._bind(grads)
+        self._built = True
 
     cdef Label _label(self, const char *what, Py_ssize_t i):
         return Label(what, -1 if self._single else i)
@@ -241,6 +271,15 @@ cdef class Plan:
     cdef str _spell(self, const char *what, Py_ssize_t i):
         return spell(self._label(what, i), self._keys)
 
+    cdef int _start_velocities(self) except -1:
+        """Allocate the velocities as soon as a group's rule has one."""
+        cdef Py_ssize_t g
+        if self._velocities is None:
+            for g in range(self._n_groups):
+                if self._groups[g].family != FAMILY_SGD:
+                    return self._allocate_velocities()
+        return 0
+
     cdef int _allocate_velocities(self) except -1:
         cdef Py_ssize_t i
         self._velocities = tuple(allocate_like(self._params))
@@ -277,36 +316,44 @@ cdef class Plan:
             n = PyTuple_GET_SIZE(seen)
             k = position = 0
             while PyDict_Next(group, &position, &key, &value):
-                if k >= n or <PyObject *>PyTuple_GET_ITEM(seen, k) != value:
+                if (
+                    k >= n
+                    or <PyObject *>PyTuple_GET_ITEM(seen, k) != key
+                    or <PyObject *>PyTuple_GET_ITEM(seen, k + 1) != value
+                ):
                     return True
-                k += 1
+                k += 2
             if k != n:
                 return True
         return False
 
     cdef int _read_groups(self) except -1:
-        """Check every group, then take them all over."""
+        """Check every group, then take them all over.
+
+        Checking runs code of the user's, a number's __float__ for one, so it works on copies.
+        """
         cdef Py_ssize_t g
-        cdef bint started = self._velocities is not None, needs_velocity = False
         cdef Group *read
-        cdef list schedules = [], seen = []
-        groups = self.param_groups
-        if not isinstance(groups, list) or len(groups) != self._n_groups:
+        cdef list groups, schedules = [], seen = []
+        if not isinstance(self.param_groups, list) or len(self.param_groups) != self._n_groups:
             raise ValueError(
                 f"param_groups must stay a list of {self._n_groups} groups, got "
-                + (f"{len(groups)}" if isinstance(groups, list) else type(groups).__name__)
+                + (f"{len(self.param_groups)}" if isinstance(self.param_groups, list)
+                   else type(self.param_groups).__name__)
             )
+        groups = list(self.param_groups)
+        for g in range(self._n_groups):
+            if not isinstance(groups[g], dict):
+                raise TypeError(
+                    f"param_groups[{g}] must be a dictionary, got {type(groups[g]).__name__}"
+                )
+            groups[g] = dict(groups[g])
         read = <Group *>allocate(self._n_groups, sizeof(Group))
         try:
-            for g, group in enumerate(groups):
+            for g in range(self._n_groups):
                 prefix = "" if self._n_groups == 1 else f"param_groups[{g}]: "
-                if not isinstance(group, dict):
-                    raise TypeError(
-                        f"param_groups[{g}] must be a dictionary, got {type(group).__name__}"
-                    )
                 read[g] = self._groups[g]
-                schedules.append(self._read_group(group, &read[g], prefix))
-                needs_velocity |= read[g].family != FAMILY_SGD
+                schedules.append(self._read_group(groups[g], &read[g], prefix))
                 if (
                     self._seen[g] is not None
                     and read[g].options.lr_in_velocity != self._groups[g].options.lr_in_velocity
@@ -315,11 +362,9 @@ cdef class Plan:
                         f"{prefix}lr_in_velocity must stay as the optimizer was built: "
                         "load_state_dict() converts between the conventions"
                     )
-                if group["params"] is not self._group_params[g]:
+                if groups[g]["params"] is not self._group_params[g]:
                     raise ValueError(f"{prefix}params must stay as the optimizer was built")
-                seen.append(tuple(group.values()))
-            if needs_velocity and not started:
-                self._allocate_velocities()
+                seen.append(tuple([part for item in groups[g].items() for part in item]))
             for g in range(self._n_groups):
                 self._groups[g] = read[g]
         finally:
@@ -342,7 +387,7 @@ cdef class Plan:
                 raise KeyError(f"{prefix}option {key!r} is missing")
         o[0] = default_options()
         lr = group["lr"]
-        schedule = lr if callable(lr) else None
+        schedule = lr if callable(lr) and not isinstance(lr, type) else None
         if schedule is None:
             o.lr = number(lr, prefix + "lr", NONNEGATIVE)
         o.momentum = number(group["momentum"], prefix + "momentum", FRACTION)
@@ -388,7 +433,7 @@ cdef class Plan:
                 self._check_group(&self._groups[g], prefix)
         return 0
 
-    cdef int _combine(self, double grad_scale, double ema_decay) noexcept:
+    cdef void _combine(self, double grad_scale, double ema_decay) noexcept:
         cdef Py_ssize_t g
         cdef optcore_options o
         for g in range(self._n_groups):
@@ -397,28 +442,37 @@ cdef class Plan:
             self._scalars[g] = combine(&o)
             self._scalars[g].ema_decay = ema_decay
             self._scalars[g].ema_weight = 1 - ema_decay
-        return 0
 
-    cdef double _current_ema_decay(self) except -1:
-        cdef double decay = self._ema_decay
-        if self._averages is None:
-            return 0
-        if self._ema_schedule is not None:
-            decay = number(
-                self._ema_schedule(self.step_count), "ema_decay(step_count)", FRACTION
-            )
-        if <float>decay == 1:
-            raise ValueError(
-                f"ema_decay must lie in [0, 1) when rounded to float32, got {decay!r}"
-            )
+    cdef double _read_ema_decay(self, object value, str name) except -1:
+        cdef double decay = number(value, name, FRACTION)
+        if self._any_float32:
+            check_rounding(name, decay)
+            if <float>decay == 1:
+                raise ValueError(
+                    f"{name} must lie in [0, 1) when rounded to float32, got {decay!r}"
+                )
         return decay
 
-    def _set_sweep_options(self, max_norm, skip_nonfinite, track_grad_norm, ema_decay):
-        self.max_norm = max_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.track_grad_norm = track_grad_norm
-        if ema_decay is not None:
-            self.ema_decay = ema_decay
+    cdef double _current_ema_decay(self) except -1:
+        if self._averages is None:
+            return 0
+        if self._ema_schedule is None:
+            return self._ema_decay
+        return self._read_ema_decay(
+            self._ema_schedule(self.step_count), "ema_decay(step_count)"
+        )
+
+    cdef int _set_ema_decay(self, object value) except -1:
+        cdef double decay = 0
+        schedule = value if callable(value) and not isinstance(value, type) else None
+        if schedule is None:
+            decay = self._read_ema_decay(value, "ema_decay")
+        if self._averages is None:
+            self._check_places()
+            self._allocate_averages()
+        self._ema_decay = decay
+        self._ema_schedule = schedule
+        return 0
 
     @property
     def max_norm(self):
@@ -427,12 +481,13 @@ cdef class Plan:
 
     @max_norm.setter
     def max_norm(self, value):
-        cdef double x = INFINITY
-        if value is not None:
-            x = number(value, "max_norm", NONNEGATIVE)
-            if any([group["clip_value"] is not None for group in self.param_groups]):
-                raise ValueError("clip_value and max_norm exclude each other")
-        self._max_norm = x
+        cdef double before = self._max_norm
+        self._max_norm = INFINITY if value is None else number(value, "max_norm", NONNEGATIVE)
+        try:
+            self._read_groups()         # for clip_value, which excludes it
+        except BaseException:
+            self._max_norm = before
+            raise
 
     @property
     def skip_nonfinite(self):
@@ -461,22 +516,12 @@ cdef class Plan:
 
     @ema_decay.setter
     def ema_decay(self, value):
-        cdef double decay = 0
-        if callable(value):
-            schedule = value
-        else:
-            schedule = None
-            decay = number(value, "ema_decay", FRACTION)
-            if <float>decay == 1:
-                raise ValueError(
-                    f"ema_decay must lie in [0, 1) when rounded to float32, got {value!r}"
-                )
         self._begin()
         try:
-            if self._averages is None:
-                self._allocate_averages()
-            self._ema_decay = decay
-            self._ema_schedule = schedule
+            if value is None and self._averages is not None:
+                raise ValueError("ema_decay cannot be None once an average is kept")
+            if value is not None:
+                self._set_ema_decay(value)
         finally:
             self._busy = False
 
@@ -487,6 +532,8 @@ cdef class Plan:
         cdef tuple listed
         if self._single:
             return (grads,)
+        if isinstance(grads, (list, tuple)) and not self._by_name and len(grads) == self._n:
+            return tuple(grads)
         if self._by_name:
             if not isinstance(grads, Mapping):
                 raise TypeError(
@@ -503,14 +550,13 @@ cdef class Plan:
                     )
                 )
             return tuple([grads[key] for key in self._keys])
-        if isinstance(grads, (list, tuple)):
-            listed = tuple(grads)
-        elif isinstance(grads, Sequence) and not isinstance(grads, (str, bytes)):
-            listed = tuple(grads)
-        else:
+        if isinstance(grads, (str, bytes, set, frozenset, Mapping, np.ndarray)) or not isinstance(
+            grads, Iterable
+        ):
             raise TypeError(
                 f"{what} must be a sequence of {self._n} arrays, got {type(grads).__name__}"
             )
+        listed = tuple(grads)
         if PyTuple_GET_SIZE(listed) != self._n:
             raise ValueError(
                 f"{what} must have one entry for each of {self._n} parameters, "
@@ -522,15 +568,11 @@ cdef class Plan:
         """Check sets of gradients, point every tensor at its own; return how many elements."""
         cdef Py_ssize_t i, k, n_elements = 0, n_sets = PyTuple_GET_SIZE(sets)
         cdef Py_ssize_t n_pointers = self._n * n_sets
-        cdef void **pointers
         cdef ndarray a
         cdef Label label
         cdef void *data
         if n_pointers > self._n_pointers:
-            pointers = <void **>realloc(self._pointers, n_pointers * sizeof(void *))
-            if pointers == NULL:
-                raise MemoryError
-            self._pointers = pointers
+            self._pointers = <void **>reallocate(self._pointers, n_pointers, sizeof(void *))
             self._n_pointers = n_pointers
         for i in range(self._n):
             for k in range(n_sets):
@@ -558,7 +600,7 @@ cdef class Plan:
             if self._pointers[i * n_sets] != NULL:
                 n_elements += self._tensors[i].size
         if written:
-            self._refuse_shared(sets, names)
+            self._refuse_shared(names)
         return n_elements
 
     cdef int _refuse_written(self, ndarray gradient, Label label) except -1:
@@ -574,30 +616,49 @@ cdef class Plan:
             )
         return 0
 
-    cdef int _refuse_shared(self, tuple sets, tuple names) except -1:
+    cdef int _refuse_shared(self, tuple names) except -1:
         """Refuse gradients that share memory where they are written."""
-        cdef Py_ssize_t i, k, at, n = 0
-        cdef Span *spans = <Span *>allocate(self._n * len(sets), sizeof(Span))
-        try:
-            for k in range(len(sets)):
-                for i in range(self._n):
-                    if sets[k][i] is not None and self._tensors[i].size:
-                        spans[n] = span_of(<ndarray>sets[k][i], k * self._n + i)
-                        n += 1
-            sort_spans(spans, n)
-            at = first_overlap(spans, n)
-            if at > 0:
-                first, second = [
-                    self._spell(names[owner // self._n], owner % self._n)
-                    for owner in sorted([spans[at - 1].owner, spans[at].owner])
-                ]
-                raise ValueError(
-                    f"{second} must not share memory with {first} where gradients are written, "
-                    "got overlapping arrays"
-                )
-        finally:
-            free(spans)
+        cdef Py_ssize_t i, k, at, n = 0, n_sets = PyTuple_GET_SIZE(names)
+        cdef Py_ssize_t n_pointers = self._n * n_sets
+        if (
+            n_pointers == self._n_apart
+            and memcmp(self._apart, self._pointers, n_pointers * sizeof(void *)) == 0
+        ):
+            return 0
+        self._n_apart = 0
+        self._apart = <void **>reallocate(self._apart, n_pointers, sizeof(void *))
+        self._spans = <Span *>reallocate(self._spans, n_pointers, sizeof(Span))
+        for i in range(self._n):
+            for k in range(n_sets):
+                if self._pointers[i * n_sets + k] != NULL and self._tensors[i].size:
+                    self._spans[n] = self._span_at(
+                        self._pointers[i * n_sets + k], i, k * self._n + i
+                    )
+                    n += 1
+        sort_spans(self._spans, n)
+        at = first_overlap(self._spans, n)
+        if at > 0:
+            first, second = [
+                self._spell(names[owner // self._n], owner % self._n)
+                for owner in sorted([self._spans[at - 1].owner, self._spans[at].owner])
+            ]
+            raise ValueError(
+                f"{second} must not share memory with {first} where gradients are written, "
+                "got overlapping arrays"
+            )
+        memcpy(self._apart, self._pointers, n_pointers * sizeof(void *))
+        self._n_apart = n_pointers
         return 0
+
+    cdef Span _span_at(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
+        """The memory of an array as large as parameter i."""
+        cdef Span span
+        span.begin = <const char *>data
+        span.end = span.begin + self._tensors[i].size * (
+            sizeof(float) if self._tensors[i].dtype == FLOAT32 else sizeof(double)
+        )
+        span.owner = owner
+        return span
 
     def _bind(self, grads):
         """Check gradients once and keep them."""
@@ -631,20 +692,28 @@ cdef class Plan:
             or PyArray_SIZE(a) != self._tensors[i].size
             or not is_dtype(a, self._tensors[i].dtype)
             or not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE)
+            or not PyArray_FLAGS(a) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS)
         ):
             raise ValueError(
                 f"{self._spell(what, i)} must stay in its place, {self._tensors[i].size} "
-                f"writeable elements at {<size_t>data:#x}; got {a.size} "
-                f"{'writeable' if a.flags.writeable else 'read-only'} of {a.dtype} "
-                f"at {a.ctypes.data:#x}"
+                f"contiguous, writeable elements at {<size_t>data:#x}; got {a.size} "
+                f"of {a.dtype} with strides {(<object>a).strides}, "
+                f"{'writeable' if a.flags.writeable else 'read-only'}, at {a.ctypes.data:#x}"
             )
+        return 0
+
+    cdef int _check_places(self) except -1:
+        """Refuse parameters whose memory moved, before anything is sized or stepped by them."""
+        cdef Py_ssize_t i
+        for i in range(self._n):
+            self._check_place(self._params, i, self._tensors[i].param, b"params")
         return 0
 
     # Stepping
 
     cdef int _begin(self) except -1:
         """Enter the one call at a time that an optimizer serves."""
-        if self._tensors == NULL:
+        if not self._built:
             raise RuntimeError("this optimizer was never built")
         if self._busy:
             raise RuntimeError(
@@ -654,15 +723,14 @@ cdef class Plan:
         self._busy = True
         return 0
 
-    cdef int _sweep(self, Sweep what, const Tensor *tensors, Py_ssize_t n_elements) noexcept:
-        if n_elements + self._n < GIL_HELD_BELOW:
+    cdef void _sweep(self, Sweep what, const Tensor *tensors, Py_ssize_t n_elements) noexcept:
+        if (n_elements + self._n) * tensors[0].n_grads < GIL_HELD_BELOW:
             sweep_all(what, tensors, self._n, n_elements)
         else:
             with nogil:
                 sweep_all(what, tensors, self._n, n_elements)
-        return 0
 
-    def step(self, grads=None, *, grad_scale=1.0, zero_grad=False):
+    def step(self, grads=BOUND, *, grad_scale=1.0, zero_grad=False):
         """Take one step over all parameters.
 
         Parameters
@@ -688,10 +756,10 @@ cdef class Plan:
         """
         self._begin()
         try:
-            if grads is None and self._bound is not None:
+            if grads is BOUND:
+                if self._bound is None:
+                    raise TypeError("grads must be given to step() where none were bound")
                 return self._step((), (), grad_scale, zero_grad)
-            if grads is None:
-                raise TypeError("grads must be given to step() where none were bound")
             return self._step((self._listed(grads, "grads"),), (b"grads",), grad_scale, zero_grad)
         finally:
             self._busy = False
@@ -748,15 +816,16 @@ cdef class Plan:
         cdef Slot *slot
         cdef Tensor *t
         # Everything that can fail
+        self._check_places()
         if self._groups_changed():
             self._read_groups()
         if self._scheduled:
             self._follow_schedules()
         ema_decay = self._current_ema_decay()
+        if sets:
+            scale /= PyTuple_GET_SIZE(sets)
         if scale != 1:
             self._check_grad_scale(scale)
-        for i in range(self._n):
-            self._check_place(self._params, i, self._tensors[i].param, b"params")
         if sets:
             n_elements = self._take(sets, names, zeroing)
         else:
@@ -765,9 +834,8 @@ cdef class Plan:
             raise ValueError("grads must hold at least one array, got None for every parameter")
         if clips or self._track_grad_norm or self._skip_nonfinite:
             self._allocate_partials()
+        self._start_velocities()
         # Nothing from here on can
-        if sets:
-            scale /= PyTuple_GET_SIZE(sets)
         self._grad_norm = None
         self._nonfinite = ()
         if clips or self._track_grad_norm or self._skip_nonfinite:
@@ -902,15 +970,16 @@ cdef class Plan:
             if self._bound is None:
                 raise RuntimeError("accumulate() needs gradients bound with SGD(..., grads=...)")
             listed = self._listed(grads, "grads")
+            self._check_places()
             self._take_bound()
+            n_elements = self._take((listed,), (b"grads",), False)
             for i in range(self._n):
-                if listed[i] is not None and self._bound[i] is None:
+                if self._pointers[i] != NULL and self._slots[i].bound == NULL:
                     raise ValueError(
                         f"{self._spell(b'grads', i)} must be None where no gradient is bound, "
                         "got an array"
                     )
-            self._refuse_self_sum(listed)
-            n_elements = self._take((listed,), (b"grads",), False)
+            self._refuse_self_sum()
             # g + h is x - lr * d with x = g, d = h and lr = -1, to the last bit
             o.lr = -1
             plus = combine(&o)
@@ -923,28 +992,41 @@ cdef class Plan:
         finally:
             self._busy = False
 
-    cdef int _refuse_self_sum(self, tuple grads) except -1:
+    cdef int _refuse_self_sum(self) except -1:
         """Refuse gradients that overlap the bound ones they are to be added to."""
         cdef Py_ssize_t i, at, n = 0
-        cdef Span *spans = <Span *>allocate(self._n, sizeof(Span))
-        try:
-            for i in range(self._n):
-                if self._bound[i] is not None and self._tensors[i].size:
-                    spans[n] = span_of(<ndarray>self._bound[i], i)
-                    n += 1
-            sort_spans(spans, n)
-            for i in range(self._n):
-                if isinstance(grads[i], np.ndarray):
-                    at = overlapped_by(spans, n, span_of(<ndarray>grads[i], i))
-                    if at >= 0:
-                        raise ValueError(
-                            f"{self._spell(b'grads', i)} must not share memory with the "
-                            f"gradient bound to {self._spell(b'params', spans[at].owner)}, "
-                            "got overlapping arrays"
-                        )
-        finally:
-            free(spans)
+        self._spans = <Span *>reallocate(self._spans, self._n, sizeof(Span))
+        for i in range(self._n):
+            if self._slots[i].bound != NULL and self._tensors[i].size:
+                self._spans[n] = self._span_at(self._slots[i].bound, i, i)
+                n += 1
+        sort_spans(self._spans, n)
+        for i in range(self._n):
+            if self._pointers[i] != NULL:
+                at = overlapped_by(self._spans, n, self._span_at(self._pointers[i], i, i))
+                if at >= 0:
+                    raise ValueError(
+                        f"{self._spell(b'grads', i)} must not share memory with the "
+                        f"gradient bound to {self._spell(b'params', self._spans[at].owner)}, "
+                        "got overlapping arrays"
+                    )
         return 0
+
+    def zero_grad(self):
+        """Set the bound gradients to zero.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            As `accumulate`.
+        """
+        self._begin()
+        try:
+            if self._bound is None:
+                raise RuntimeError("zero_grad() needs gradients bound with SGD(..., grads=...)")
+            self._sweep(ZERO, self._tensors, self._take_bound())
+        finally:
+            self._busy = False
 
     # State
 
@@ -961,9 +1043,11 @@ cdef class Plan:
         ]
 
     def _snapshot(self):
-        """Copies of what `_state` gives, of one step and not of two."""
+        """Copies of what `_state` gives, of one step and not of two, under checked groups."""
         self._begin()
         try:
+            if self._groups_changed():
+                self._read_groups()
             return [
                 tuple([a.copy(order="K") if isinstance(a, np.ndarray) else a for a in state])
                 for state in self._state
@@ -971,21 +1055,25 @@ cdef class Plan:
         finally:
             self._busy = False
 
-    def _reread_groups(self):
-        """Check and take over `param_groups` now, not at the next step."""
-        self._begin()
-        try:
-            self._read_groups()
-        finally:
-            self._busy = False
-
-    def _restore(self, velocities, averages, first_steps, step_count, skipped):
+    def _restore(
+        self, list groups, velocities, averages, first_steps, Py_ssize_t step_count,
+        Py_ssize_t skipped
+    ):
         """Take over a checked state; None where a velocity or average stays as it is."""
         cdef Py_ssize_t i
         self._begin()
         try:
-            if self._velocities is None and any([v is not None for v in velocities]):
-                self._allocate_velocities()
+            self._check_places()
+            before = self.param_groups
+            self.param_groups = groups
+            try:
+                self._read_groups()
+                if any([v is not None for v in velocities]) and self._velocities is None:
+                    self._allocate_velocities()
+                self._start_velocities()
+            except BaseException:
+                self.param_groups = before
+                raise
             for i in range(self._n):
                 if self._velocities is not None:
                     self._velocities[i][...] = 0 if velocities[i] is None else velocities[i]
@@ -1000,8 +1088,21 @@ cdef class Plan:
             self._busy = False
 
 
+def checked_lr(value, name):
+    """Return a learning rate as a checked float."""
+    return number(value, name, NONNEGATIVE)
+
+
 cdef void *allocate(Py_ssize_t n, size_t itemsize) except NULL:
     cdef void *memory = calloc(max(n, 1), itemsize)
+    if memory == NULL:
+        raise MemoryError
+    return memory
+
+
+cdef void *reallocate(void *memory, Py_ssize_t n, size_t itemsize) except NULL:
+    """Grow or shrink; where that fails, the old memory stays as it was."""
+    memory = realloc(memory, max(n, 1) * itemsize)
     if memory == NULL:
         raise MemoryError
     return memory

@@ -7,4 +7,4 @@ cdef int simd_level() noexcept nogil
 cdef int threads_for(Py_ssize_t n_elements) noexcept nogil
 cdef double wall_time() noexcept nogil
 cdef double own_time() noexcept nogil
-cdef void note_threads(int threads, double own, double total) noexcept nogil
+cdef void note_threads(double own, double total) noexcept nogil

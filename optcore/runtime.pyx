@@ -106,7 +106,7 @@ cdef Py_ssize_t _elements_per_thread = 48 * 1024
 cdef bint _backs_off = True
 
 cdef enum:
-    MOST_ALONE = 1024
+    MOST_ALONE = 256
 
 cdef int simd_level() noexcept nogil:
     return _simd_level
@@ -138,8 +138,8 @@ cdef double own_time() noexcept nogil:
     return optcore_own_time()
 
 
-cdef void note_threads(int threads, double own, double total) noexcept nogil:
-    """Learn from a threaded sweep: `total` seconds, of which the caller worked `own`.
+cdef void note_threads(double own, double total) noexcept nogil:
+    """Learn from a threaded sweep: `total` seconds for `own` seconds of all threads' work.
 
     Threads that find their cores taken, by a BLAS whose workers spin after every product for
     one, arrive milliseconds late, and the sweep has to wait for them. One that would have been
@@ -147,7 +147,7 @@ cdef void note_threads(int threads, double own, double total) noexcept nogil:
     that again. The bits are the same either way.
     """
     global optcore_alone, optcore_penalty
-    if total > threads * own:
+    if total > own:
         optcore_penalty = min(2 * optcore_penalty, MOST_ALONE) if optcore_penalty else 1
     else:
         optcore_penalty //= 2

@@ -24,19 +24,51 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 class Placed:
     """One array at every offset within a cache line, canaries around it."""
 
-    def __init__(self, values, expected):
-        self.places = []
+    def __init__(self, values):
         guard = 2 * LINE
-        for offset in range(0, LINE, values.itemsize):
-            memory = np.empty(values.nbytes + 3 * guard, np.uint8)
-            start = guard - memory.ctypes.data % LINE + offset
-            view = memory[start : start + values.nbytes].view(values.dtype)
-            images = []
-            for content in (values, expected):
-                memory[:] = CANARY
-                view[:] = content
-                images.append(memory.copy())
-            self.places.append((memory, view, *images))
+        self.offsets = range(LINE // values.itemsize)
+        self.memory = np.full(values.nbytes + 3 * guard, CANARY, np.uint8)
+        self.before = values
+        self.views = []
+        for offset in self.offsets:
+            start = guard - self.memory.ctypes.data % LINE + offset * values.itemsize
+            self.views.append(self.memory[start : start + values.nbytes].view(values.dtype))
+
+    def put(self, offset):
+        """Return the array, placed and filled with its values."""
+        view = self.views[offset]
+        view[...] = self.before
+        return view
+
+    def take(self, offset, expected):
+        """Whether the array holds the expected bits and nothing else changed; clean up."""
+        view = self.views[offset].view(np.uint8)
+        agrees = bool((view == expected).all())
+        view[...] = CANARY
+        return agrees and bool((self.memory == CANARY).all())
+
+
+def compare(rule, options, placed, where, cases):
+    """Step the placed arrays at all triples of offsets and levels against the reference."""
+    x, g, v = (p.before for p in placed)
+    expected_x, expected_v = rule.reference(x, g, v, options)
+    expected = [np.ascontiguousarray(a).view(np.uint8) for a in (expected_x, g, expected_v)]
+    for level in simd_levels_available():
+        with simd(level):
+            for offsets in where:
+                arrays = [p.put(offset) for p, offset in zip(placed, offsets, strict=True)]
+                rule.step(*arrays, options)
+                agree = [p.take(offset, bits)
+                         for p, offset, bits in zip(placed, offsets, expected, strict=True)]
+                cases(all(agree), lambda at=(level, offsets): f"{rule.id} {x.size} {at} {options}")
+
+
+def each_alone(placed, others):
+    """Offsets at which each array moves over the whole line while the others stay."""
+    return [
+        tuple(offset if axis == moving else others[axis] for axis in range(3))
+        for moving in range(3) for offset in placed[moving].offsets
+    ]
 
 
 def plain_options(rule, **others):
@@ -73,55 +105,26 @@ def draw(rng, n, dtype):
 @pytest.mark.parametrize("n", LENGTHS)
 def test_offsets(rule, dtype, n, rng, cases):
     """Parameter, gradient and velocity each at every offset, all products, canaries intact."""
-    options = plain_options(rule)
-    x, g, v = draw(rng, n, dtype)
-    expected_x, expected_v = rule.reference(x, g, v, options)
-    placed = [Placed(x, expected_x), Placed(g, g), Placed(v, expected_v)]
-    if n > 10_000:      # the products would take minutes: each array moves alone
-        k = len(placed[0].places)
-        where = [tuple(i if axis == a else 0 for a in range(3))
-                 for axis in range(3) for i in range(k)]
+    placed = [Placed(values) for values in draw(rng, n, dtype)]
+    if n > 10_000:      # the products would take minutes
+        where = each_alone(placed, (0, 0, 0))
     else:
-        where = itertools.product(*(range(len(p.places)) for p in placed))
+        where = list(itertools.product(*(p.offsets for p in placed)))
     if not rule.has_velocity:
-        where = {(i, j, 0) for i, j, _ in where}
-    where = list(where)
-    for level in simd_levels_available():
-        with simd(level):
-            for indices in where:
-                arrays = [p.places[i] for p, i in zip(placed, indices, strict=True)]
-                for memory, _, before, _ in arrays:
-                    memory[:] = before
-                rule.step(*(view for _, view, _, _ in arrays), options)
-                cases(
-                    all((memory == after).all() for memory, _, _, after in arrays),
-                    lambda level=level, indices=indices: f"{rule.id} {dtype} {n} {level} {indices}",
-                )
+        where = sorted({(i, j, 0) for i, j, _ in where})
+    compare(rule, plain_options(rule), placed, where, cases)
 
 
 @by_dtype
 @by_rule
 @pytest.mark.parametrize("n", LENGTHS)
 def test_options(rule, dtype, n, rng, cases):
-    """Every combination of options at every length and level, off the cache line."""
+    """Every combination of options at every length and level; each array at every offset."""
+    placed = [Placed(values) for values in draw(rng, n, dtype)]
     for k, options in enumerate(all_options(rule)):
-        x, g, v = draw(rng, n, dtype)
-        expected = rule.reference(x, g, v, options)
-        shift = k % (LINE // x.itemsize)
-        placed = [Placed(x, expected[0]).places[shift], Placed(g, g).places[-shift],
-                  Placed(v, expected[1]).places[(3 * shift) % (LINE // x.itemsize)]]
-        if not rule.has_velocity:
-            placed = placed[:2]
-        for level in simd_levels_available():
-            with simd(level):
-                for memory, _, before, _ in placed:
-                    memory[:] = before
-                rule.step(*(view for _, view, _, _ in placed), *(
-                    () if rule.has_velocity else (None,)), options)
-            cases(
-                all((memory == after).all() for memory, _, _, after in placed),
-                lambda level=level, options=options: f"{rule.id} {dtype} {n} {level} {options}",
-            )
+        others = tuple((k * step) % len(placed[0].offsets) for step in (1, 3, 5))
+        where = each_alone(placed, others) if n <= 100 else [others]
+        compare(rule, options, placed, where, cases)
 
 
 @by_dtype

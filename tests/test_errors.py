@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import pickle
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -322,7 +323,8 @@ def test_gradients_over_other_parameters():
         ([None, None], ValueError, "None for every parameter"),
         (good(), TypeError, "must be a sequence of 2 arrays, got ndarray"),
         ({"a": good(), "b": good()}, TypeError, "must be a sequence of 2 arrays, got dict"),
-        (None, TypeError, "grads must be given"),
+        (None, TypeError, "must be a sequence of 2 arrays, got NoneType"),
+        ({good}, TypeError, "must be a sequence of 2 arrays, got set"),
         ("ab", TypeError, "must be a sequence of 2 arrays, got str"),
     ],
 )
@@ -404,11 +406,12 @@ def test_groups_may_not_change_shape():
 def test_memory_that_moved(bound):
     x, g = np.ones(10, np.float32), np.ones(10, np.float32)
     opt = optcore.SGD(x, lr=0.1, grads=g if bound else None)
-    opt.step(None if bound else g)
+    given = () if bound else (g,)
+    opt.step(*given)
     x.resize(4000, refcheck=False)
     before = digest([x])
-    with pytest.raises(ValueError, match="params must stay in its place, 10 writeable elements"):
-        opt.step(None if bound else g)
+    with pytest.raises(ValueError, match="params must stay in its place, 10 contiguous, writeable"):
+        opt.step(*given)
     assert digest([x]) == before
 
 
@@ -449,3 +452,151 @@ def test_an_optimizer_never_built_is_no_crash():
     opt = optcore.SGD(good(), lr=0.1)
     with pytest.raises(RuntimeError, match="built once"):
         opt.__init__(good(), lr=0.1)
+
+
+def test_a_forgotten_gradient_is_not_the_bound_one():
+    opt = optcore.SGD(good(), lr=0.1, grads=good(1))
+    with pytest.raises(ValueError, match="got None for every parameter"):
+        opt.step(None)
+    with pytest.raises(TypeError, match="grads must be given"):
+        optcore.SGD(good(), lr=0.1).step()
+
+
+def resized(array, n):
+    array.resize(n, refcheck=False)
+
+
+STARTS = {
+    "momentum": lambda opt, state: (opt.param_groups[0].update(momentum=0.9), opt.step()),
+    "ema": lambda opt, state: setattr(opt, "ema_decay", 0.5),
+    "accumulate": lambda opt, state: opt.accumulate(np.ones(10, np.float32)),
+    "restore": lambda opt, state: opt.load_state_dict(state),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_nothing_is_sized_by_memory_that_moved(start):
+    """A parameter made smaller is refused before arenas or sums take its size."""
+    x, g = np.ones(4000, np.float32), np.ones(4000, np.float32)
+    opt = optcore.SGD(x, lr=0.1, grads=g)
+    state = opt.state_dict()
+    resized(x, 10)
+    with pytest.raises(ValueError, match="params must stay in its place"):
+        STARTS[start](opt, state)
+    resized(x, 4000)
+
+
+def test_strides_changed_in_place():
+    base = np.ones(20, np.float32)
+    x = base[:10]
+    opt = optcore.SGD(x, lr=0.1, grads=np.ones(10, np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        x.strides = (8,)
+    with pytest.raises(ValueError, match=r"must stay in its place, .* with strides \(8,\)"):
+        opt.step()
+    assert (base == 1).all()
+
+
+def test_impostors_are_no_arrays():
+    class Impostor:
+        @property
+        def __class__(self):
+            return np.ndarray
+
+    with pytest.raises(TypeError, match="grad must be a NumPy array"):
+        optcore.sgd_step(good(), Impostor(), lr=0.1)
+    with pytest.raises(TypeError, match="params must be"):
+        optcore.SGD(Impostor(), lr=0.1)
+
+    class Liar(np.ndarray):
+        nbytes = 4
+        shape = (1,)
+
+    liar = np.ones(65536, np.float32).view(Liar)
+    opt = optcore.SGD([liar], lr=0.5, momentum=0.9)
+    opt.step([np.ones(65536, np.float32)])
+    assert (np.asarray(liar) == 0.5).all()
+
+
+def test_groups_edited_by_the_numbers_they_hold():
+    """A number whose conversion runs code cannot make a step of half-read groups."""
+    class Meddler(float):
+        def __float__(self):
+            opt.param_groups.append({})
+            return 0.1
+
+    opt = optcore.SGD([{"params": good()}, {"params": good(1)}], lr=0.1)
+    opt.param_groups[0]["lr"] = Meddler(0.1)
+    opt.step([good(2), good(3)])
+    with pytest.raises(ValueError, match="2 groups"):
+        opt.step([good(2), good(3)])
+
+
+def test_values_that_change_places_are_noticed():
+    x, g = np.zeros(3, np.float32), np.ones(3, np.float32)
+    opt = optcore.SGD(x, lr=0.5, momentum=0.25, weight_decay=0.0)
+    group = opt.param_groups[0]
+    opt.step(g)
+    swapped = {"momentum": "weight_decay", "weight_decay": "momentum"}
+    opt.param_groups[0] = {swapped.get(key, key): value for key, value in group.items()}
+    opt.step(g)
+    # without momentum now, and with decay 0.25
+    np.testing.assert_array_equal(x, np.float32(-0.5 - 0.5 * (1 - 0.25 * 0.5)))
+
+
+def test_an_optimizer_that_failed_to_build_does_not_step():
+    opt = optcore.SGD.__new__(optcore.SGD)
+    with pytest.raises(ValueError, match="lr"):
+        opt.__init__(good(), lr=-1.0, max_norm=1.0)
+    opt.param_groups[0]["lr"] = 0.1
+    with pytest.raises(RuntimeError, match="never built"):
+        opt.step(good())
+
+
+def test_a_refused_step_does_not_start_the_velocity():
+    opt = optcore.SGD([good()], lr=0.1)
+    opt.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(TypeError):
+        opt.step([1])
+    assert opt.state_dict()["state"][0]["velocity"] is None
+
+
+@pytest.mark.parametrize("lr", [1e39, 1e-46])
+def test_schedules_are_rounded_too(lr):
+    x = good()
+    before = digest([x])
+    with pytest.raises(ValueError, match="float32"):
+        optcore.SGD(x, lr=lambda step: lr).step(good(1))
+    with pytest.raises(TypeError, match="lr must be"):
+        optcore.SGD(x, lr=float)
+    assert digest([x]) == before
+
+
+def test_rounding_of_averages_and_replicas():
+    with pytest.raises(ValueError, match="ema_decay"):
+        optcore.SGD(good(), lr=0.1, ema_decay=1e-46)
+    optcore.SGD(good(dtype=np.float64), lr=0.1, ema_decay=1 - 1e-9)
+    opt = optcore.SGD([good()], lr=0.1)
+    with pytest.raises(ValueError, match="grad_scale"):
+        opt.step_replicas([[good(k)] for k in range(1, 8)], grad_scale=2e-45)
+
+
+def test_construction_and_structure_errors_change_nothing():
+    a, b = good(), good(1)
+    before = digest([a, b])
+    for params in ([a, a], [a, a[2:]], [a, b.astype(int)], {"x": a, "y": 1}, {None: a}):
+        with pytest.raises((TypeError, ValueError)):
+            optcore.SGD(params, lr=0.1)
+    for grads in ([], [a], None, [None, None], {"a": a}):
+        with pytest.raises((TypeError, ValueError)):
+            optcore.SGD([a, b], lr=0.1).step(grads)
+    assert digest([a, b]) == before
+
+
+def test_state_dict_of_groups_a_step_would_refuse():
+    opt = optcore.SGD(good(), lr=0.1, momentum=0.9)
+    opt.step(good(1))
+    opt.param_groups[0]["lr_in_velocity"] = True
+    with pytest.raises(ValueError, match="lr_in_velocity must stay"):
+        opt.state_dict()

@@ -79,10 +79,15 @@ class Reference:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
 def test_pipeline(rule, dtype, rng, threads, simd_level, cases):
     """Everything at once, on every thread count and level."""
-    options = Options(lr=0.05, momentum=0.9 if rule.has_velocity else 0.0, weight_decay=5e-4)
+    options = Options(
+        lr=0.05, momentum=0.9 if rule.has_velocity else 0.0, weight_decay=5e-4,
+        maximize=threads == 2, decoupled_weight_decay=threads == 3,
+    )
     params = model(rng, dtype=dtype)
     reference = Reference(rule, params, options, max_norm=1.0, ema_decay=0.99)
     opt = optcore.SGD(params, lr=0.05, momentum=options.momentum, weight_decay=5e-4,
+                      maximize=options.maximize,
+                      decoupled_weight_decay=options.decoupled_weight_decay,
                       max_norm=1.0, ema_decay=0.99, **rule.sgd_options)
     for k in range(3):
         grads = model(rng, dtype=dtype)
@@ -370,6 +375,25 @@ def test_replicas(workers, dtype, rng, threads, simd_level, cases):
         assert opt.grad_norm == reference.grad_norm
         for p, q in zip(params, reference.params, strict=True):
             cases(same_bits(p, q))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_replicas_with_options(decoupled, rng, simd_level, cases):
+    """Clipping by value, maximize and decay act on the mean."""
+    rule = RULES[1]
+    options = Options(lr=0.1, momentum=0.9, clip_value=0.2, maximize=True, weight_decay=0.1,
+                      decoupled_weight_decay=decoupled)
+    params = model(rng)
+    reference = Reference(rule, params, options, ema_decay=0.5)
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, clip_value=0.2, maximize=True,
+                      weight_decay=0.1, decoupled_weight_decay=decoupled, ema_decay=0.5)
+    for _ in range(2):
+        a, b, c = model(rng), model(rng), model(rng)
+        reference.step([(p + q) + r for p, q, r in zip(a, b, c, strict=True)], 0.5 / 3)
+        opt.step_replicas([a, b, c], grad_scale=0.5, zero_grad=True)
+        for p, q in zip(params + opt.ema, reference.params + reference.averages, strict=True):
+            cases(same_bits(p, q))
+        assert not any(g.any() for g in a + b + c)
 
 
 def test_replicas_refused(rng):

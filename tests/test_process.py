@@ -241,9 +241,11 @@ def test_two_optimizers_in_two_threads():
         assert same_bits(x, y)
 
 
-def test_the_gil_is_released_while_the_loop_runs():
+@pytest.mark.parametrize("api", ["function", "optimizer"])
+def test_the_gil_is_released_while_the_loop_runs(api):
     """Another thread sees a step that has begun and not ended."""
     x, g = np.zeros(20_000_000, np.float32), np.ones(20_000_000, np.float32)
+    opt = optcore.SGD(x, lr=1.0, grads=g)
     seen = set()
     done = threading.Event()
 
@@ -254,13 +256,28 @@ def test_the_gil_is_released_while_the_loop_runs():
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for _ in range(30):
-        optcore.sgd_step(x, g, lr=1.0)
+    for _ in range(100):
+        if api == "function":
+            optcore.sgd_step(x, g, lr=1.0)
+        else:
+            opt.step()
         if any(first != last for first, last in seen):
             break
     done.set()
     watcher.join()
     assert any(first != last for first, last in seen)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+def test_threads_are_really_started():
+    if optcore.show_config("dicts")["openmp"].startswith("missing"):
+        pytest.skip("built without OpenMP")
+    succeeds("""
+        optcore.set_num_threads(3)
+        before = len(os.listdir("/proc/self/task"))
+        check()
+        assert len(os.listdir("/proc/self/task")) == before + 1     # there were two
+    """)
 
 
 # Environment and configuration

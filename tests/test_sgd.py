@@ -323,7 +323,7 @@ def test_velocity_conversion_that_cannot_be(rng):
         other.load_state_dict(opt.state_dict())
     opt.param_groups[0]["lr"] = 1e20
     opt.step(np.zeros_like(g))
-    with pytest.raises(ValueError, match="overflows when converted"):
+    with pytest.raises(ValueError, match="overflows or vanishes when converted"):
         other.load_state_dict(opt.state_dict())
     assert other.step_count == 0
     assert other.param_groups[0]["lr"] == 0.1
@@ -353,7 +353,13 @@ def broken_states():
         yield f"no {key}", lambda s, key=key: {k: v for k, v in s.items() if k != key}, KeyError
     yield "version", lambda s: {**s, "version": 99}, ValueError
     yield "count", lambda s: {**s, "step_count": -1}, ValueError
+    yield "huge count", lambda s: {**s, "step_count": 2**70}, ValueError
+    yield "huge skipped", lambda s: {**s, "skipped": 2**70}, ValueError
     yield "groups", lambda s: {**s, "param_groups": []}, ValueError
+    yield "no list", lambda s: {**s, "param_groups": 3}, TypeError
+    yield "no group", lambda s: {**s, "param_groups": [3]}, TypeError
+    yield "json keys", lambda s: {**s, "state": {str(k): v for k, v in s["state"].items()}}, (
+        KeyError)
 
     def entry(i, **changes):
         return lambda s: {**s, "state": {**s["state"], i: {**s["state"][i], **changes}}}
@@ -372,7 +378,9 @@ def broken_states():
 
     yield "option", group(momentum=2.0), ValueError
     yield "bool", group(lr=True), TypeError
-    yield "names", group(params=[0]), ValueError
+    yield "too few", group(params=[0]), ValueError
+    yield "order", group(params=[1, 0]), ValueError
+    yield "lr to convert by", group(lr="a", lr_in_velocity=True), TypeError
 
 
 @pytest.mark.parametrize(
@@ -385,6 +393,7 @@ def test_broken_state_changes_nothing(spoil, error, rng):
     opt.step(grads)
     state = opt.state_dict()
     opt.step(grads)
+    copies = [p.copy() for p in params]
     before = opt.state_dict()
     with pytest.raises(error):
         opt.load_state_dict(spoil(state))
@@ -393,6 +402,7 @@ def test_broken_state_changes_nothing(spoil, error, rng):
     assert after["step_count"] == 2
     for i in range(2):
         assert same_bits(before["state"][i]["velocity"], after["state"][i]["velocity"])
+        assert same_bits(params[i], copies[i])
     opt.step(grads)
 
 
@@ -401,3 +411,34 @@ def test_repr_names_the_options():
     assert "lr=0.1" in text
     assert "nesterov=True" in text
     assert "1 arrays, 3 elements" in text
+
+
+def test_skipped_steps_and_kinds_of_numbers_in_the_state():
+    x, g = np.ones(3, np.float32), np.full(3, np.nan, np.float32)
+    opt = optcore.SGD(x, lr=np.float32(0.5), skip_nonfinite=True)
+    opt.step(g)
+    state = opt.state_dict()
+    assert type(state["param_groups"][0]["lr"]) is float
+    other = optcore.SGD(x.copy(), lr=0.1, skip_nonfinite=True)
+    other.load_state_dict(state)
+    assert (other.skipped, other.step_count) == (1, 0)
+    assert other.nonfinite_params == []
+
+
+def test_views_of_dictionaries_and_generators_of_groups():
+    params = {"a": np.ones(3, np.float32), "b": np.ones(2, np.float32)}
+    grads = {name: np.ones_like(p) for name, p in params.items()}
+    optcore.SGD(params.values(), lr=0.5).step(grads.values())
+    optcore.SGD(({"params": [p]} for p in params.values()), lr=0.25).step(
+        g for g in grads.values()
+    )
+    assert all((p == 0.25).all() for p in params.values())
+
+
+def test_zero_grad():
+    x, g = np.ones(3, np.float32), np.full(3, np.nan, np.float32)
+    opt = optcore.SGD(x, lr=0.5, grads=g)
+    opt.zero_grad()
+    assert not g.any()
+    with pytest.raises(RuntimeError, match="needs gradients bound"):
+        optcore.SGD(x, lr=0.5).zero_grad()

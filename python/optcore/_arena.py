@@ -33,6 +33,7 @@ def allocate_like(params: Sequence[np.ndarray]) -> list[np.ndarray]:
     Each array begins as far past a cache line as its parameter does, so that the loop that
     peels to the parameter's boundary reaches its own there too.
     """
+    params = [np.asarray(param) for param in params]    # a subclass may tell tales of its size
     starts = []
     end = 0
     for param in params:

@@ -1,11 +1,11 @@
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Array = NDArray[np.float32] | NDArray[np.float64]
-_Grads = _Array | Sequence[_Array | None] | Mapping[Any, _Array | None]
+_Grads = _Array | Iterable[_Array | None] | Mapping[Any, _Array | None]
 
 GROUP_OPTIONS: dict[str, Any]
 GROUP_KEYS: tuple[str, ...]
@@ -35,9 +35,9 @@ class Plan:
     @property
     def ema_decay(self) -> float | Callable[[int], float] | None: ...
     @ema_decay.setter
-    def ema_decay(self, value: float | Callable[[int], float]) -> None: ...
+    def ema_decay(self, value: float | Callable[[int], float] | None) -> None: ...
     def step(
-        self, grads: _Grads | None = None, *, grad_scale: float = 1.0, zero_grad: bool = False
+        self, grads: _Grads = ..., *, grad_scale: float = 1.0, zero_grad: bool = False
     ) -> bool: ...
     def step_replicas(
         self,
@@ -47,24 +47,31 @@ class Plan:
         zero_grad: bool = False,
     ) -> bool: ...
     def accumulate(self, grads: _Grads) -> None: ...
-    def _build(self, groups: list[dict[str, Any]], *, single: bool, by_name: bool) -> None: ...
-    def _bind(self, grads: _Grads) -> None: ...
-    def _set_sweep_options(
+    def _build(
         self,
+        groups: list[dict[str, Any]],
+        *,
+        single: bool,
+        by_name: bool,
         max_norm: float | None,
         skip_nonfinite: bool,
         track_grad_norm: bool,
         ema_decay: float | Callable[[int], float] | None,
+        grads: _Grads | None,
     ) -> None: ...
+    def _bind(self, grads: _Grads) -> None: ...
+    def zero_grad(self) -> None: ...
     def _snapshot(self) -> list[tuple[_Array | None, _Array | None, bool]]: ...
-    def _reread_groups(self) -> None: ...
     @property
     def _state(self) -> list[tuple[_Array | None, _Array | None, bool]]: ...
     def _restore(
         self,
+        groups: list[dict[str, Any]],
         velocities: Sequence[_Array | None],
         averages: Sequence[_Array | None],
         first_steps: Sequence[bool],
         step_count: int,
         skipped: int,
     ) -> None: ...
+
+def checked_lr(value: object, name: str) -> float: ...

@@ -1,12 +1,15 @@
 """The optimizer: groups, structure and state around the compiled plan."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from optcore.plan import GROUP_KEYS, GROUP_OPTIONS, Plan
+from optcore.plan import GROUP_KEYS, GROUP_OPTIONS, Plan, checked_lr
 
 STATE_VERSION = 1
 
@@ -19,9 +22,7 @@ def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, .
         return tuple(params.values()), tuple(params)
     if isinstance(params, np.ndarray):
         return (params,), None
-    if isinstance(params, Sequence) and not isinstance(params, (str, bytes)):
-        return tuple(params), None
-    if hasattr(params, "__next__"):  # a generator, as model.parameters() often is
+    if isinstance(params, Iterable) and not isinstance(params, (str, bytes, set, frozenset)):
         return tuple(params), None
     raise TypeError(
         f"{what} must be an array, a sequence or a mapping of arrays, or a list of group "
@@ -31,6 +32,8 @@ def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, .
 
 def _read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """Return complete group dictionaries, and the structure in which gradients will come."""
+    if isinstance(params, Iterator):    # of arrays or of groups: model.parameters() is one
+        params = list(params)
     if isinstance(params, (list, tuple)) and any(isinstance(p, Mapping) for p in params):
         given, grouped = list(params), True
     else:
@@ -59,9 +62,11 @@ def _read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, 
             raise TypeError(f"lr must be given{where}, got None")
         groups.append(group)
     names = [name for group in groups for name in group["param_names"] or ()]
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"params must have names of their own, got {twice!r} twice")
+    if None in names:
+        raise ValueError("params must have names of their own, got None")
     if all(isinstance(options["params"], Mapping) for options in given):
         structure = "mapping"
     else:
@@ -178,11 +183,15 @@ class SGD(Plan):
         }
         groups, self._structure = _read_groups(params, defaults)
         self._build(
-            groups, single=self._structure == "array", by_name=self._structure == "mapping"
+            groups,
+            single=self._structure == "array",
+            by_name=self._structure == "mapping",
+            max_norm=max_norm,
+            skip_nonfinite=skip_nonfinite,
+            track_grad_norm=track_grad_norm,
+            ema_decay=ema_decay,
+            grads=grads,
         )
-        self._set_sweep_options(max_norm, skip_nonfinite, track_grad_norm, ema_decay)
-        if grads is not None:
-            self._bind(grads)
 
     def __repr__(self) -> str:
         """Return the options of every group, and how many parameters it holds."""
@@ -202,7 +211,8 @@ class SGD(Plan):
         """The averages, in the structure of `params`; None where none are kept.
 
         Live arrays, updated by every step: copy what must stay. Flat where `params` is a list
-        of groups.
+        of groups. A parameter left out of a step, its gradient being None, does not move its
+        average either.
         """
         averages = [average for _, average, _ in self._state]
         if averages[0] is None:
@@ -219,7 +229,10 @@ class SGD(Plan):
                 for name in group["param_names"] or (None,) * len(group["params"])]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a later run needs to go on with the same bits.
+        """Return what a later run needs to go on with the same bits.
+
+        The parameters themselves, `max_norm`, `skip_nonfinite`, `track_grad_norm` and
+        `ema_decay` are not in it: give them when building the optimizer that loads it.
 
         Returns
         -------
@@ -228,7 +241,14 @@ class SGD(Plan):
             ``"ema"`` (a copy, or None) and ``"first_step"``. ``"param_groups"`` holds each
             group's options, with indices for ``"params"``; a callable lr is None. Then
             ``"step_count"``, ``"skipped"`` and ``"version"``. Plain arrays and numbers
-            throughout; the parameters themselves are the caller's to save.
+            throughout.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            For `param_groups` that a step would refuse.
+        RuntimeError
+            While a step is under way in another thread.
         """
         state = {
             i: {"velocity": velocity, "ema": average, "first_step": first_step}
@@ -237,15 +257,12 @@ class SGD(Plan):
         groups = []
         at = 0
         for group in self.param_groups:
-            n = len(group["params"])
             names = group["param_names"]
-            groups.append({
-                **group,
-                "params": list(range(at, at + n)),
-                "param_names": None if names is None else list(names),
-                "lr": None if callable(group["lr"]) else group["lr"],
-            })
-            at += n
+            saved = {key: _plain(value) for key, value in group.items()}
+            saved["params"] = list(range(at, at + len(group["params"])))
+            saved["param_names"] = None if names is None else list(names)
+            at += len(group["params"])
+            groups.append(saved)
         return {
             "version": STATE_VERSION,
             "step_count": self.step_count,
@@ -292,6 +309,13 @@ class _State:
         self.opt = opt
         self.counts = [_count(state_dict, key) for key in ("step_count", "skipped")]
         saved_groups = state_dict["param_groups"]
+        if not isinstance(saved_groups, (list, tuple)) or not isinstance(
+            state_dict["state"], Mapping
+        ):
+            raise TypeError(
+                "state_dict must hold a list 'param_groups' and a mapping 'state', got "
+                f"{type(saved_groups).__name__} and {type(state_dict['state']).__name__}"
+            )
         if len(saved_groups) != len(opt.param_groups):
             raise ValueError(
                 f"state_dict['param_groups'] must hold {len(opt.param_groups)} groups, "
@@ -314,13 +338,17 @@ class _State:
             )
 
     def _read_group(self, where: str, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{where} must be a mapping, got {type(saved).__name__}")
         missing = [key for key in GROUP_KEYS if key not in saved]
         if missing:
             raise KeyError(f"{where} must have all options, got none named {missing!r}")
-        if len(saved["params"]) != len(group["params"]):
+        first = len(self.velocities)
+        expected = list(range(first, first + len(group["params"])))
+        if saved["params"] != expected:
             raise ValueError(
-                f"{where} must hold {len(group['params'])} parameters, "
-                f"got {len(saved['params'])}"
+                f"{where}['params'] must be {expected!r}, the parameters of this optimizer's "
+                f"group, got {saved['params']!r}"
             )
         names = saved["param_names"]
         if names is not None and group["param_names"] is not None and (
@@ -349,6 +377,7 @@ class _State:
         lr = self.groups[-1]["lr"]
         if callable(lr):
             lr = lr(self.counts[0])
+        lr = checked_lr(lr, f"{where}['lr']")
         if lr == 0:
             raise ValueError(
                 f"{where} has lr_in_velocity={saved['lr_in_velocity']!r} and lr=0: its velocities "
@@ -361,9 +390,13 @@ class _State:
             factor = velocity.dtype.type(-lr)
             with np.errstate(all="ignore"):
                 converted = velocity * factor if to_right else velocity / factor
-            if not np.array_equal(np.isfinite(converted), np.isfinite(velocity)):
+            # A subnormal may vanish, as it would have in steps of the other convention.
+            normal = np.abs(velocity) >= np.finfo(velocity.dtype).tiny
+            if not np.array_equal(np.isfinite(converted), np.isfinite(velocity)) or np.any(
+                normal & (converted == 0)
+            ):
                 raise ValueError(
-                    f"{where}: a velocity overflows when converted to "
+                    f"{where}: a velocity overflows or vanishes when converted to "
                     f"lr_in_velocity={to_right!r} with lr={lr!r}"
                 )
             return converted
@@ -373,7 +406,10 @@ class _State:
     def _read_param(self, states: Mapping[Any, Any], param: np.ndarray, convert: Any) -> None:
         i = len(self.velocities)
         if i not in states:
-            raise KeyError(f"state_dict['state'] must hold parameter {i}, got none")
+            raise KeyError(
+                f"state_dict['state'] must hold parameter {i} under that integer, "
+                f"got keys {list(states)[:5]!r}"
+            )
         saved = states[i]
         where = f"state_dict['state'][{i}]"
         for key in ("velocity", "ema", "first_step"):
@@ -398,21 +434,28 @@ class _State:
         self.first_steps.append(bool(saved["first_step"]))
 
     def apply(self) -> None:
-        opt = self.opt
-        before = opt.param_groups
-        opt.param_groups = self.groups
-        try:
-            opt._reread_groups()
-        except BaseException:
-            opt.param_groups = before
-            raise
-        opt._restore(self.velocities, self.averages, self.first_steps, *self.counts)
+        self.opt._restore(
+            self.groups, self.velocities, self.averages, self.first_steps, *self.counts
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of any kind as Python's own, and None for a callable."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        return float(value)
+    return None if callable(value) else value
 
 
 def _count(state_dict: Mapping[str, Any], key: str) -> int:
     value = state_dict[key]
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise ValueError(f"state_dict[{key!r}] must be a whole number >= 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not (
+        0 <= value < sys.maxsize
+    ):
+        raise ValueError(
+            f"state_dict[{key!r}] must be a whole number in [0, {sys.maxsize}), got {value!r}"
+        )
     return int(value)
 
 
