@@ -63,7 +63,7 @@ extensions = [
     Extension(
         f"optcore.{module}",
         [f"optcore/{module}.pyx"],
-        include_dirs=[numpy.get_include()],
+        include_dirs=[numpy.get_include(), "python/optcore/include"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_23_API_VERSION")],
     )
     for module in MODULES

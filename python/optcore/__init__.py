@@ -1,5 +1,5 @@
 """Fused, bit-reproducible SGD, momentum and Nesterov steps on NumPy arrays."""
-from optcore._config import show_config
+from optcore._config import get_include, show_config
 from optcore._version import __version__
 from optcore.functional import momentum_step, nesterov_step, sgd_step
 from optcore.runtime import get_num_threads, set_num_threads
@@ -8,6 +8,7 @@ from optcore.sgd import SGD
 __all__ = [
     "SGD",
     "__version__",
+    "get_include",
     "get_num_threads",
     "momentum_step",
     "nesterov_step",

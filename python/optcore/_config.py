@@ -1,7 +1,24 @@
 """What this build and this process are."""
 from __future__ import annotations
 
+from pathlib import Path
+
 from optcore.runtime import config
+
+
+def get_include() -> str:
+    """Return the folder of ``optcore.h``, for the ``include_dirs`` of an extension module.
+
+    Code in C, C++ or Cython that calls the kernels needs it to compile, and nothing to link.
+
+    Examples
+    --------
+    >>> import optcore
+    >>> from setuptools import Extension
+    >>> Extension("trainer", ["trainer.c"], include_dirs=[optcore.get_include()]).name
+    'trainer'
+    """
+    return str(Path(__file__).parent / "include")
 
 
 def show_config(mode: str = "stdout") -> dict[str, object] | None:

@@ -1,0 +1,23 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ABI_VERSION: int
+options_dtype: np.dtype[np.void]
+
+def make_options(
+    *,
+    lr: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    clip_value: float = ...,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+    lr_in_velocity: bool = False,
+    first_step: bool = False,
+) -> NDArray[np.void]: ...
+def addresses() -> dict[str, int]: ...
+def functions() -> dict[str, Any]: ...
