@@ -1,0 +1,306 @@
+"""The kernels called from C, C++, Cython, Numba and ctypes: built against what is installed."""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optcore
+from optcore import kernels
+from reference import RULES, same_bits
+from test_bits import all_options, by_dtype, by_rule
+
+pytest.importorskip("setuptools", reason="building the examples needs setuptools")
+pytest.importorskip("Cython", reason="building the examples needs Cython")
+
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+HEADER = Path(optcore.get_include(), "optcore.h")
+
+C = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+CXX = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+HAS_CXX = os.name == "nt" or shutil.which(CXX) is not None
+needs_cxx = pytest.mark.skipif(not HAS_CXX, reason=f"the C++ compiler ({CXX}) is missing")
+CPP = pytest.param("cpp", marks=needs_cxx)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return how to get a folder that holds the built extensions of ``source``, a folder too.
+
+    All are built at the same time, for that is most of what these tests take.
+    """
+    sources = [TESTS / "embedding", EXAMPLES / "embed_c", EXAMPLES / "embed_cython"]
+    if HAS_CXX:
+        sources.append(EXAMPLES / "embed_cpp")
+    running = {}
+    for source in sources:
+        folder = tmp_path_factory.mktemp(source.name) / "build"
+        shutil.copytree(source, folder)
+        running[source] = folder, subprocess.Popen(
+            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **({} if HAS_CXX else {"NO_CXX": "1"})},
+        )
+    done = {}
+    for source, (folder, process) in running.items():
+        output = process.communicate(timeout=240)[0]
+        done[source] = folder, process.returncode, output
+
+    def built(source):
+        folder, status, output = done[source]
+        assert status == 0, output
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="module")
+def probes(build):
+    folder = build(TESTS / "embedding")
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def values(rule, o):
+    """The fields of optcore_options, in their order."""
+    return (
+        o.lr, o.momentum, o.dampening, o.weight_decay, o.grad_scale,
+        np.inf if o.clip_value is None else o.clip_value,
+        o.maximize, o.decoupled_weight_decay, rule.lr_in_velocity, o.first_step,
+    )
+
+
+def from_probe(module):
+    def step(name, rule, x, g, v, o):
+        module.step(name, *(a.ctypes.data for a in (x, g, v)), x.size, *values(rule, o))
+
+    return step
+
+
+def options_array(rule, o):
+    names = kernels.options_dtype.names
+    return kernels.make_options(**dict(zip(names, values(rule, o), strict=True)))
+
+
+def from_ctypes(name, rule, x, g, v, o):
+    function = kernels.functions()[f"optcore_{name}"]
+    arrays = (x, g, v) if rule.has_velocity else (x, g)
+    pointers = [
+        a.ctypes.data_as(kind) for a, kind in zip(arrays, function.argtypes, strict=False)
+    ]
+    function(*pointers, x.size, options_array(rule, o).ctypes.data)
+
+
+def numba_steps():
+    numba = pytest.importorskip("numba", reason="numba is missing")
+
+    def compiled(name, function):
+        if "_sgd_" in name:
+            return numba.njit(nogil=True)(
+                lambda x, g, v, o: function(x.ctypes, g.ctypes, x.size, o.ctypes)
+            )
+        return numba.njit(nogil=True)(
+            lambda x, g, v, o: function(x.ctypes, g.ctypes, v.ctypes, x.size, o.ctypes)
+        )
+
+    return {name: compiled(name, function) for name, function in kernels.functions().items()}
+
+
+@pytest.fixture(scope="module")
+def from_numba():
+    steps = numba_steps()
+
+    def step(name, rule, x, g, v, o):
+        steps[f"optcore_{name}"](x, g, v, options_array(rule, o))
+
+    return step
+
+
+@pytest.fixture
+def call(request, embedding):
+    if embedding == "ctypes":
+        return from_ctypes
+    if embedding == "numba":
+        return request.getfixturevalue("from_numba")
+    request.getfixturevalue("probes")
+    return from_probe(importlib.import_module(f"probe_{embedding}"))
+
+
+@by_dtype
+@by_rule
+@pytest.mark.parametrize("embedding", ["c", CPP, "cython", "ctypes", "numba"])
+def test_same_bits_as_the_python_api(call, rule, dtype, rng, cases):
+    name = f"{rule.name}_f{np.dtype(dtype).itemsize * 8}"
+    for n in (0, 1, 37, 1000):
+        for options in all_options(rule):
+            x, g, v = (rng.standard_normal(n).astype(dtype) for _ in range(3))
+            expected_x, expected_v = x.copy(), v.copy()
+            rule.step(expected_x, g, expected_v, options)
+            call(name, rule, x, g, v, options)
+            cases(same_bits(x, expected_x) and same_bits(v, expected_v), options)
+
+
+def test_every_rule_has_its_functions():
+    names = {f"optcore_{rule.name}_{kind}" for rule in RULES for kind in ("f32", "f64")}
+    assert set(kernels.addresses()) == names == set(kernels.functions())
+    declared = set(re.findall(r"static inline void (optcore_\w+)\(", HEADER.read_text()))
+    assert declared == names
+
+
+@pytest.mark.parametrize("embedding", ["c", CPP, "cython"])
+def test_defaults(probes, embedding):
+    module = importlib.import_module(f"probe_{embedding}")
+    assert module.defaults() == kernels.make_options().tobytes()
+    defaults = kernels.make_options()[0]
+    assert [float(defaults[name]) for name in kernels.options_dtype.names] == (
+        [0, 0, 0, 0, 1, np.inf, 0, 0, 0, 0]
+    )
+
+
+def test_make_options_refuses_what_is_no_field():
+    with pytest.raises(TypeError, match=r"lr, momentum, .* got 'learning_rate'"):
+        kernels.make_options(learning_rate=0.1)
+
+
+def test_numba_checks_dtypes():
+    numba = pytest.importorskip("numba", reason="numba is missing")
+    x = np.zeros(3)
+    with pytest.raises(numba.TypingError):
+        numba_steps()["optcore_sgd_f32"](x, x.copy(), x.copy(), kernels.make_options())
+
+
+def test_any_thread_may_call(probes):
+    """Threads without the GIL, each with arrays of its own, get the bits of one."""
+    from probe_c import step
+
+    results = []
+
+    def work():
+        x, g = np.ones(1000, np.float32), np.full(1000, 0.3, np.float32)
+        v = np.zeros_like(x)
+        pointers = [a.ctypes.data for a in (x, g, v)]
+        for _ in range(100):
+            step("momentum_f32", *pointers, 1000, 0.1, 0.9, 0, 0, 1, np.inf, 0, 0, 0, 0)
+        results.append(x.tobytes())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    assert len(set(results)) == 1
+
+
+def test_one_table_for_several_files(probes):
+    import shared
+
+    assert shared.scale() == 1.0
+
+
+# Versions
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("other_abi", r"compiled for optcore's ABI 2 .* installed optcore \S+ has ABI 1 "),
+        ("other_options", r"ABI 1 \(options of 80 bytes.* has ABI 1 \(64, "),
+        ("other_table", r"ABI 1 \(options of 64 bytes, table of (\d+)\).* build it again"),
+        ("other_cython", r"does not export expected C variable optcore_abi_2"),
+    ],
+)
+def test_another_version_is_an_import_error(probes, module, message):
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module(module)
+
+
+@pytest.mark.parametrize("change", ["del kernels._C_API", "kernels._C_API = 1"])
+def test_a_version_without_table_is_an_import_error(probes, change):
+    code = f"from optcore import kernels; {change}\nimport probe_c"
+    done = subprocess.run([sys.executable, "-c", code], cwd=probes, capture_output=True, text=True,
+                          check=False)
+    assert "ImportError: this module was compiled for optcore's ABI 1;" in done.stderr
+
+
+def test_a_changed_layout_has_a_new_number():
+    """Whoever changes a struct raises OPTCORE_ABI_VERSION and records the new layout here.
+
+    A function appended to optcore_api keeps the number, but is recorded too.
+    """
+    layouts = {1: "ff9ec8cf42b1e8bd"}
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    structs = " ".join(re.findall(r"typedef struct.*?} \w+;", text, flags=re.DOTALL))
+    digest = hashlib.sha256(" ".join(structs.split()).encode()).hexdigest()[:16]
+    assert layouts[kernels.ABI_VERSION] == digest
+    assert f"cdef const optcore_api *optcore_abi_{kernels.ABI_VERSION}\n" in (
+        HEADER.parent.with_name("kernels.pxd").read_text()
+    )
+
+
+def test_options_dtype_is_the_struct():
+    struct = re.search(r"typedef struct optcore_options {(.*?)}", HEADER.read_text(), re.DOTALL)
+    fields = re.findall(r"(double|int) (\w+);", struct.group(1))
+    c_types = {"double": ctypes.c_double, "int": ctypes.c_int}
+
+    class Struct(ctypes.Structure):
+        _fields_ = [(name, c_types[kind]) for kind, name in fields]
+
+    assert kernels.options_dtype == np.dtype(Struct)
+    assert kernels.options_dtype.itemsize == ctypes.sizeof(Struct)
+
+
+# What a user compiles
+
+@pytest.mark.parametrize(
+    ("compiler", "suffix", "standard"),
+    [
+        pytest.param(C, ".c", "c99", id="c99"),
+        pytest.param(C, ".c", "c17", id="c17"),
+        pytest.param(CXX, ".cpp", "c++11", marks=needs_cxx, id="c++11"),
+        pytest.param(CXX, ".cpp", "c++17", marks=needs_cxx, id="c++17"),
+    ],
+)
+def test_header_compiles_without_a_warning(compiler, suffix, standard, tmp_path):
+    if os.name == "nt" or shutil.which(compiler) is None:
+        pytest.skip(f"no compiler with GCC's options ({compiler})")
+    source = tmp_path / f"use{suffix}"
+    source.write_text("#include <optcore.h>\nint use(void);\n"
+                      "int use(void) { return import_optcore(); }\n")
+    done = subprocess.run(
+        [compiler, f"-std={standard}", "-Wall", "-Wextra", "-Werror", "-pedantic",
+         "-fsyntax-only", "-isystem", sysconfig.get_paths()["include"],
+         f"-I{optcore.get_include()}", str(source)],
+        capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("example", ["embed_c", pytest.param("embed_cpp", marks=needs_cxx),
+                                     "embed_cython"])
+def test_example(build, example):
+    folder = build(EXAMPLES / example)
+    check_example([sys.executable, "train.py"], folder)
+
+
+def test_example_numba():
+    pytest.importorskip("numba", reason="numba is missing")
+    check_example([sys.executable, str(EXAMPLES / "embed_numba.py")], EXAMPLES.parent)
+
+
+def check_example(command, folder):
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal to the last bit" in done.stdout
