@@ -12,6 +12,7 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +125,11 @@ def with_optcore(model: MLP, rule: str, lr: float) -> optcore.SGD:
     )
 
 
-BACKENDS = {"NumPy": PlainNumPy, "optcore": with_optcore}
+BACKENDS: dict[str, Callable[[MLP, str, float], PlainNumPy | optcore.SGD]] = {
+    "NumPy": PlainNumPy, "optcore": with_optcore,
+}
+# training images and labels, test images and labels
+Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -141,7 +146,18 @@ class Run:
         return 1e6 * float(np.median(self.step_seconds))
 
 
-def train(backend, rule, lr, data, *, epochs, batch, hidden, seed, advance) -> Run:
+def train(
+    backend: str,
+    rule: str,
+    lr: float,
+    data: Data,
+    *,
+    epochs: int,
+    batch: int,
+    hidden: list[int],
+    seed: int,
+    advance: Callable[[], object],
+) -> Run:
     """Train one network and return its run."""
     x, labels, x_test, labels_test = data
     rng = np.random.default_rng(seed)
@@ -161,7 +177,7 @@ def train(backend, rule, lr, data, *, epochs, batch, hidden, seed, advance) -> R
     return run
 
 
-def digits(seed: int, test_share: float = 0.2):
+def digits(seed: int, test_share: float = 0.2) -> Data:
     """Return training and test images in [0, 1] with their labels, shuffled."""
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.target))

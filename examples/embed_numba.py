@@ -16,7 +16,7 @@ momentum_f64 = functions()["optcore_momentum_f64"]
 Vector = NDArray[np.float64]
 
 
-@numba.njit
+@numba.njit(nogil=True)
 def gradient(w: Vector, x: Vector, y: Vector, out: Vector) -> float:
     """Write the gradient of the mean of log(1 + exp(-y·xw)); return that mean."""
     out[:] = 0

@@ -45,13 +45,13 @@ def train(
     """Train `w` in place with Nesterov momentum; return the last epoch's mean loss."""
     cdef float[::1] g = velocity.copy()
     cdef optcore_options options = optcore_defaults()
-    cdef Py_ssize_t begin, end, epoch
+    cdef Py_ssize_t begin, end, _epoch
     cdef double loss = 0
     check(w, x, y, velocity)
     options.lr = lr
     options.momentum = momentum
     with nogil:
-        for epoch in range(epochs):
+        for _epoch in range(epochs):
             loss = 0
             begin = 0
             while begin < x.shape[0]:
