@@ -59,8 +59,8 @@ def test_floating_point_environment_is_left_alone():
 
 def test_the_package_carries_what_others_compile_and_check_against():
     folder = Path(optcore.__file__).parent
-    for name in ("kernels.pxd", "py.typed", "functional.pyi", "plan.pyi",
-                 "runtime.pyi"):
+    for name in ("include/optcore.h", "kernels.pxd", "py.typed", "functional.pyi", "kernels.pyi",
+                 "plan.pyi", "runtime.pyi"):
         assert (folder / name).is_file(), name
     assert not list(folder.glob("*.c"))
 
@@ -92,7 +92,9 @@ def test_import_needs_only_numpy():
 def test_docstring_examples():
     import doctest
 
-    for target in (optcore.sgd_step, optcore.SGD):
+    from optcore.kernels import make_options
+
+    for target in (optcore.sgd_step, optcore.SGD, optcore.get_include, make_options):
         finder = doctest.DocTestFinder(recurse=False)
         for case in finder.find(target, target.__name__, globs={"np": np, "optcore": optcore}):
             assert doctest.DocTestRunner().run(case).failed == 0

@@ -18,7 +18,7 @@ import pytest
 
 import optcore
 from optcore import kernels
-from reference import RULES, same_bits
+from reference import RULES, Options, same_bits
 from test_bits import all_options, by_dtype, by_rule
 
 pytest.importorskip("setuptools", reason="building the examples needs setuptools")
@@ -182,18 +182,17 @@ def test_numba_checks_dtypes():
         numba_steps()["optcore_sgd_f32"](x, x.copy(), x.copy(), kernels.make_options())
 
 
-def test_any_thread_may_call(probes):
-    """Threads without the GIL, each with arrays of its own, get the bits of one."""
-    from probe_c import step
-
+def test_any_thread_may_call():
+    """Threads that let go of the GIL, as ctypes does, each with arrays of its own."""
+    rule = next(rule for rule in RULES if rule.id == "momentum")
+    options = Options(lr=0.1, momentum=0.9)
     results = []
 
     def work():
-        x, g = np.ones(1000, np.float32), np.full(1000, 0.3, np.float32)
+        x, g = np.ones(10_001, np.float32), np.full(10_001, 0.3, np.float32)
         v = np.zeros_like(x)
-        pointers = [a.ctypes.data for a in (x, g, v)]
         for _ in range(100):
-            step("momentum_f32", *pointers, 1000, 0.1, 0.9, 0, 0, 1, np.inf, 0, 0, 0, 0)
+            from_ctypes("momentum_f32", rule, x, g, v, options)
         results.append(x.tobytes())
 
     threads = [threading.Thread(target=work) for _ in range(8)]

@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <optcore.h>
+#include <string.h>
 
 typedef struct {
     Py_buffer w, x, y, other;           /* other: the gradient, or the velocity */

@@ -64,6 +64,9 @@ typedef struct optcore_api {
 } optcore_api;
 
 #if !defined(OPTCORE_UNIQUE_SYMBOL)
+#if defined(OPTCORE_NO_IMPORT)
+#error "OPTCORE_NO_IMPORT needs the OPTCORE_UNIQUE_SYMBOL of the file that imports"
+#endif
 static const optcore_api *optcore_table = NULL;
 #else
 #define optcore_table OPTCORE_UNIQUE_SYMBOL
@@ -77,13 +80,14 @@ const optcore_api *optcore_table = NULL;
 
 #if !defined(OPTCORE_NO_IMPORT)
 /* Import optcore and check that it is one this file was compiled for. Call it once, with the
- * GIL, before anything else here. Returns 0, or -1 with ImportError set. */
+ * GIL, before anything else here. Returns 0, or -1 with an exception set: ImportError where the
+ * installed optcore is none of those, or is missing. */
 static inline int import_optcore(void) {
     const optcore_api *table;
-    PyObject *module = PyImport_ImportModule("optcore.kernels");
-    PyObject *capsule = module ? PyObject_GetAttrString(module, "_C_API") : NULL;
-    Py_XDECREF(module);
+    PyObject *capsule, *module = PyImport_ImportModule("optcore.kernels");
     if (!module) return -1;
+    capsule = PyObject_GetAttrString(module, "_C_API");
+    Py_DECREF(module);
     if (!capsule || !PyCapsule_IsValid(capsule, "optcore.kernels._C_API")) {
         Py_XDECREF(capsule);
         PyErr_Clear();
@@ -93,7 +97,7 @@ static inline int import_optcore(void) {
         return -1;
     }
     table = (const optcore_api *)PyCapsule_GetPointer(capsule, "optcore.kernels._C_API");
-    Py_DECREF(capsule);     /* the table is the module's, which sys.modules keeps */
+    Py_DECREF(capsule);     /* the table is static, and outlives it */
     if (table->abi_version != OPTCORE_ABI_VERSION ||
         table->options_size != sizeof(optcore_options) ||
         table->api_size < sizeof(optcore_api)) {
