@@ -10,6 +10,7 @@ _Grads = _Array | Iterable[_Array | None] | Mapping[Any, _Array | None]
 GROUP_OPTIONS: dict[str, Any]
 GROUP_KEYS: tuple[str, ...]
 GROUP_NOTES: tuple[str, ...]
+BOUND: object
 
 class Plan:
     param_groups: list[dict[str, Any]]

@@ -61,11 +61,11 @@ def _read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, 
             where = f" for param_groups[{i}]" if grouped else ""
             raise TypeError(f"lr must be given{where}, got None")
         groups.append(group)
-    names = [name for group in groups for name in group["param_names"] or ()]
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    all_names = [name for group in groups for name in group["param_names"] or ()]
+    twice = [name for name, count in Counter(all_names).items() if count > 1]
     if twice:
         raise ValueError(f"params must have names of their own, got {twice!r} twice")
-    if None in names:
+    if None in all_names:
         raise ValueError("params must have names of their own, got None")
     if all(isinstance(options["params"], Mapping) for options in given):
         structure = "mapping"
@@ -389,7 +389,7 @@ class _State:
         def convert(velocity: np.ndarray) -> np.ndarray:
             factor = velocity.dtype.type(-lr)
             with np.errstate(all="ignore"):
-                converted = velocity * factor if to_right else velocity / factor
+                converted: np.ndarray = velocity * factor if to_right else velocity / factor
             # A subnormal may vanish, as it would have in steps of the other convention.
             normal = np.abs(velocity) >= np.finfo(velocity.dtype).tiny
             if not np.array_equal(np.isfinite(converted), np.isfinite(velocity)) or np.any(
