@@ -36,6 +36,9 @@ import numpy as np
 
 import_array()
 
+cdef enum:
+    DLPACK_CPU = 1
+
 
 cdef str spell(Label label, object keys):
     cdef str what = label.what.decode()
@@ -73,6 +76,8 @@ cdef object view_of(object source, bint written, Label label, object keys):
             return (source.detach() if source.requires_grad else source).numpy()
         if PyObject_CheckBuffer(source):
             return np.asarray(memoryview(source))
+        if source.__dlpack_device__()[0] != DLPACK_CPU:
+            raise BufferError(f"it is on DLPack device {source.__dlpack_device__()}")
         view = np.from_dlpack(source)
         # A lender may copy when asked (the standard's copy=None); updates would be lost.
         copied = written and np.from_dlpack(source).ctypes.data != view.ctypes.data

@@ -34,7 +34,8 @@ class SGDOptimizer(_Theirs):  # type: ignore[misc]  # scikit-learn has no types
 
     The learning rate, its three schedules and the stopping rule are inherited. The same bits
     come out, in float32 and float64; `velocities` are updated in place, where scikit-learn
-    makes new arrays at each step.
+    makes new arrays at each step. Gradients of another dtype than their parameters, which
+    ``MLPRegressor`` has for float32 X and float64 y, go scikit-learn's own way.
 
     Parameters
     ----------
@@ -91,6 +92,10 @@ class SGDOptimizer(_Theirs):  # type: ignore[misc]  # scikit-learn has no types
                 f"params and grads must hold {len(self.velocities)} arrays, "
                 f"got {len(params)} and {len(grads)}"
             )
+        if any(not param.dtype == grad.dtype == velocity.dtype for param, grad, velocity
+               in zip(params, grads, self.velocities, strict=True)):
+            super().update_params(params, grads)
+            return
         step = nesterov_step if self.nesterov else momentum_step
         for param, grad, velocity in zip(params, grads, self.velocities, strict=True):
             step(
