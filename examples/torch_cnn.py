@@ -13,7 +13,7 @@ from torch import nn
 
 import optcore.torch
 
-EPOCHS, BATCH = 5, 64
+EPOCHS, BATCH = 10, 64
 
 
 def train(kind: type[torch.optim.Optimizer]) -> tuple[list[float], float]:

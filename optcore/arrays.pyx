@@ -57,10 +57,13 @@ cdef bint is_tensor(object source):
 
 def is_array(source):
     """Whether the border can take it for one array: NumPy's, or a lender of its memory."""
-    return isinstance(source, np.ndarray) or is_tensor(source) or (
-        # NumPy's scalars and DLPack's lenders alike export; a scalar's memory is nobody's
-        (PyObject_CheckBuffer(source) or hasattr(source, "__dlpack__"))
-        and not isinstance(source, (np.generic, type))
+    if isinstance(source, (np.generic, type)):  # a scalar lends a copy; a class, nothing
+        return False
+    return (
+        isinstance(source, np.ndarray)
+        or is_tensor(source)
+        or PyObject_CheckBuffer(source)
+        or hasattr(source, "__dlpack__")
     )
 
 

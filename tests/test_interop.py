@@ -9,10 +9,10 @@ import weakref
 
 import numpy as np
 import pytest
+from test_errors import good
 
 import optcore
 from reference import same_bits
-from test_errors import good
 
 N = 24
 

@@ -11,16 +11,16 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from sklearn.datasets import load_digits  # noqa: E402 - after the skip
-from sklearn.neural_network import (  # noqa: E402
+from sklearn.datasets import load_digits
+from sklearn.neural_network import (
     MLPClassifier,
     MLPRegressor,
     _multilayer_perceptron,
     _stochastic_optimizers,
 )
 
-import optcore.sklearn  # noqa: E402
-from reference import same_bits  # noqa: E402
+import optcore.sklearn
+from reference import same_bits
 
 X, Y = load_digits(return_X_y=True)
 X = X[:400] / 16

@@ -232,6 +232,23 @@ def test_group_that_is_refused_is_not_added():
     opt.step()
 
 
+def test_velocity_outlives_a_pause_of_momentum():
+    results = []
+    for kind in (torch.optim.SGD, optcore.torch.SGD):
+        p = torch.nn.Parameter(torch.zeros(3))
+        opt = kind([p], lr=1.0, momentum=0.5)
+        for k, momentum in enumerate([0.5, 0.5, 0.0, 0.0, 0.5, 0.5]):
+            opt.param_groups[0]["momentum"] = momentum
+            if k == 3:
+                p.data = p.data.clone()
+                opt.step()
+                opt.state[p]["momentum_buffer"].mul_(2)
+            p.grad = torch.full((3,), float(k))
+            opt.step()
+            results.append((p.tolist(), opt.state[p]["momentum_buffer"].tolist()))
+    assert results[:6] == results[6:]
+
+
 def test_hooks_and_closure():
     data, runs = pair(lr=0.05, momentum=0.9)
     returned = []

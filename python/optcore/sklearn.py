@@ -13,8 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 try:
-    from sklearn import neural_network
-    from sklearn.neural_network import _multilayer_perceptron, _stochastic_optimizers
+    from sklearn import neural_network  # type: ignore[import-untyped]
+    from sklearn.neural_network import (  # type: ignore[import-untyped]
+        _multilayer_perceptron,
+        _stochastic_optimizers,
+    )
 except ImportError as error:
     raise ImportError(
         "optcore.sklearn needs scikit-learn, which is not installed: "
@@ -26,10 +29,8 @@ import numpy as np
 from optcore._arena import allocate_like
 from optcore.functional import momentum_step, nesterov_step
 
-_Theirs = _stochastic_optimizers.SGDOptimizer
 
-
-class SGDOptimizer(_Theirs):  # type: ignore[misc]  # scikit-learn has no types
+class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
     """scikit-learn's ``SGDOptimizer``, with the update in one fused pass.
 
     The learning rate, its three schedules and the stopping rule are inherited. The same bits
@@ -104,6 +105,9 @@ class SGDOptimizer(_Theirs):  # type: ignore[misc]  # scikit-learn has no types
             )
 
 
+_Theirs = _stochastic_optimizers.SGDOptimizer
+
+
 def _check_scikit_learn() -> None:
     """Raise RuntimeError unless scikit-learn's optimizer is the one that is replaced here."""
     for name in ("__init__", "update_params"):
@@ -122,7 +126,9 @@ def _check_scikit_learn() -> None:
     for nesterov in (False, True):
         results = []
         for kind in (_Theirs, SGDOptimizer):
-            params = [np.linspace(-1, 1, 7, dtype=np.float32), np.linspace(2, 3, 5)]
+            params: list[np.ndarray] = [
+                np.linspace(-1, 1, 7, dtype=np.float32), np.linspace(2, 3, 5)
+            ]
             optimizer = kind(params, 0.1, "invscaling", 0.7, nesterov)
             for k in range(3):
                 optimizer.update_params(params, [np.sin(param + k) for param in params])

@@ -71,7 +71,7 @@ def _gradient(param: torch.Tensor, order: list[int] | None) -> torch.Tensor | No
     return grad if grad is None or grad.layout is not torch.strided else grad.contiguous()
 
 
-def _lent(array: np.ndarray, order: list[int] | None) -> torch.Tensor:
+def _lent(array: Any, order: list[int] | None) -> torch.Tensor:
     """Return the plan's array as a tensor in its parameter's order of axes."""
     tensor = torch.from_numpy(array)
     if order is None:
@@ -268,12 +268,12 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # PyTorch's kernels look for found_inf == 1; GradScaler sums it over devices.
-        if getattr(self, "found_inf", None) is not None and self.found_inf != 0:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf != 0:    # GradScaler sums it over devices
             self.skipped += 1
             return loss
         plan = self._current_plan()
-        grads = [_gradient(param, order) for param, order in self._params]
+        grads: list[Any] = [_gradient(param, order) for param, order in self._params]
         taken = [param for (param, _), grad in zip(self._params, grads, strict=True)
                  if grad is not None]
         if plan is None or not taken:
@@ -284,7 +284,8 @@ class SGD(torch.optim.Optimizer):
         if applied:
             # The plan writes behind autograd's back, which must learn of it.
             torch.autograd.graph.increment_version(taken)
-            self._publish(plan)
+            if self._waiting and any(group["momentum"] for group in self.param_groups):
+                self._publish(plan)
         else:
             self.skipped += 1
         return loss
@@ -308,7 +309,7 @@ class SGD(torch.optim.Optimizer):
         for group in self.param_groups:
             velocity = _velocity_key(group)
             for param in group["params"]:
-                buffer = self.state[param].get(velocity) if param in self.state else None
+                buffer = self.state.get(param, {}).get(velocity)
                 seen.append((
                     param.data_ptr(), param.shape, param.stride(),
                     None if buffer is None else buffer.data_ptr(),
@@ -339,7 +340,7 @@ class SGD(torch.optim.Optimizer):
         arrays = [array for group in plan.param_groups for array in group["params"]]
         velocities, averages = [], []
         for i, ((param, order, group), array) in enumerate(zip(owners, arrays, strict=True)):
-            entry = self.state[param] if param in self.state else {}
+            entry = self.state.get(param, {})
             stranger = VELOCITY_KEYS[not group["lr_in_velocity"]]
             if entry.get(stranger) is not None:
                 raise ValueError(
@@ -357,13 +358,10 @@ class SGD(torch.optim.Optimizer):
             for (param, order, _), (_, average, _) in zip(owners, plan._state, strict=True):
                 self.state[param]["ema"] = _lent(average, order)
         self._publish(plan)
-        self._seen = self._look()
         self._plan = plan
 
     def _publish(self, plan: optcore.SGD) -> None:
-        """Put the velocities that have started into `state`."""
-        if not self._waiting or not any(group["momentum"] for group in self.param_groups):
-            return
+        """Put the velocities that have started into `state`; note what the plan relies on."""
         waiting = []
         state = plan._state
         for i, owner in self._waiting:
@@ -373,6 +371,5 @@ class SGD(torch.optim.Optimizer):
             else:
                 param, order, group = owner
                 self.state[param][_velocity_key(group)] = _lent(velocity, order)
-        if len(waiting) < len(self._waiting):
-            self._waiting = waiting
-            self._seen = self._look()
+        self._waiting = waiting
+        self._seen = self._look()
