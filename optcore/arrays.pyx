@@ -3,7 +3,9 @@
 `check_param` and `check_like` cost a few loads on the way through and turn what they refuse
 into an error that names the argument, what was expected and what came. dtypes, masks and
 objects that are no arrays raise TypeError; layout, shape and overlap raise ValueError.
+Arrays of other libraries come in as NumPy views of their memory, made by `view_of` alone.
 """
+from cpython.buffer cimport PyObject_CheckBuffer
 from libc.stdlib cimport qsort
 from numpy cimport (
     NPY_ARRAY_ALIGNED,
@@ -28,9 +30,14 @@ from numpy cimport (
 
 from optcore.sweep cimport FLOAT32, FLOAT64
 
+import sys
+
 import numpy as np
 
 import_array()
+
+cdef enum:
+    DLPACK_CPU = 1
 
 
 cdef str spell(Label label, object keys):
@@ -43,14 +50,59 @@ cdef str spell(Label label, object keys):
     return what
 
 
+cdef bint is_tensor(object source):
+    """Whether it is PyTorch's, which cannot be where nobody has imported PyTorch."""
+    return isinstance(source, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def is_array(source):
+    """Whether the border can take it for one array: NumPy's, or a lender of its memory."""
+    if isinstance(source, (np.generic, type)):  # a scalar lends a copy; a class, nothing
+        return False
+    return (
+        isinstance(source, np.ndarray)
+        or is_tensor(source)
+        or PyObject_CheckBuffer(source)
+        or hasattr(source, "__dlpack__")
+    )
+
+
+cdef object view_of(object source, bint written, Label label, object keys):
+    """Return a NumPy array over the very memory of `source`, which it keeps alive."""
+    if not is_array(source):
+        raise TypeError(
+            f"{spell(label, keys)} must be a NumPy array, got {type(source).__name__}"
+        )
+    try:
+        if is_tensor(source):
+            # not by DLPack: it refuses what requires grad, and old NumPy makes it read-only
+            return (source.detach() if source.requires_grad else source).numpy()
+        if PyObject_CheckBuffer(source):
+            return np.asarray(memoryview(source))
+        if source.__dlpack_device__()[0] != DLPACK_CPU:
+            raise BufferError(f"it is on DLPack device {source.__dlpack_device__()}")
+        view = np.from_dlpack(source)
+        # A lender may copy when asked (the standard's copy=None); updates would be lost.
+        copied = written and np.from_dlpack(source).ctypes.data != view.ctypes.data
+    except Exception as error:     # each library has errors of its own
+        raise TypeError(
+            f"{spell(label, keys)} must be an array in CPU memory that NumPy can view, "
+            f"got {type(source).__name__}: {error}"
+        ) from error
+    if copied:
+        raise ValueError(
+            f"{spell(label, keys)} must lend its memory, "
+            f"got a copy from {type(source).__name__}.__dlpack__"
+        )
+    return view
+
+
 cdef ndarray check_array(object array, bint written, Label label, object keys):
-    """Check all that one array can be asked alone."""
+    """Check all that one array can be asked alone; return it, or its NumPy view."""
     cdef ndarray a
     if not PyArray_CheckExact(array):
         if not PyArray_Check(array):        # isinstance would believe a proxy's __class__
-            raise TypeError(
-                f"{spell(label, keys)} must be a NumPy array, got {type(array).__name__}"
-            )
+            array = view_of(array, written, label, keys)
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(
                 f"{spell(label, keys)} must be an array without a mask, got a masked array"
@@ -107,7 +159,7 @@ cdef ndarray check_like(object array, ndarray param, bint written, Label label, 
         )
     if not same_shape(a, param):
         raise ValueError(
-            f"{spell(label, keys)} has shape {array.shape}; "
+            f"{spell(label, keys)} has shape {(<object>a).shape}; "
             f"its parameter has {(<object>param).shape}"
         )
     # One common order is enough: a row or a column is contiguous both ways.

@@ -4,7 +4,7 @@ A step first checks everything and writes nothing: groups that changed, schedule
 memory that moved. Then come the sweeps, which cannot fail, and last the bookkeeping.
 """
 from cpython.dict cimport PyDict_CheckExact, PyDict_Next
-from cpython.list cimport PyList_CheckExact, PyList_GET_SIZE
+from cpython.list cimport PyList_CheckExact, PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.math cimport INFINITY, isfinite, ldexp, sqrt
@@ -73,6 +73,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from optcore._arena import allocate_like
+from optcore.arrays import is_array
 
 import_array()
 
@@ -178,6 +179,7 @@ cdef class Plan:
         """Check everything, lay out the tables, and open the optimizer for use.
 
         `groups` are complete dictionaries; "params" is a tuple, "param_names" a tuple or None.
+        "params" comes to hold NumPy's views of what other libraries lent.
         """
         cdef Py_ssize_t i, g, n
         cdef ndarray a
@@ -195,7 +197,7 @@ cdef class Plan:
         self._by_name = by_name
         self._keys = None if all([key is None for key in keys]) else tuple(keys)
         for i in range(n):
-            check_param(arrays[i], self._label(b"params", i), self._keys)
+            arrays[i] = check_param(arrays[i], self._label(b"params", i), self._keys)
         self._tensors = <Tensor *>allocate(n, sizeof(Tensor))
         self._slots = <Slot *>allocate(n, sizeof(Slot))
         self._groups = <Group *>allocate(len(groups), sizeof(Group))
@@ -220,6 +222,11 @@ cdef class Plan:
                 self._groups[g].has_float32 = self._any_float32 = True
         self._list_written()
         self._seen = [None] * len(groups)
+        i = 0
+        for group in groups:
+            n = len(group["params"])
+            group["params"] = self._params[i : i + n]
+            i += n
         self._group_params = [group["params"] for group in groups]
         self._schedules = [None] * len(groups)
         self.param_groups = groups
@@ -550,8 +557,10 @@ cdef class Plan:
                     )
                 )
             return tuple([grads[key] for key in self._keys])
-        if isinstance(grads, (str, bytes, set, frozenset, Mapping, np.ndarray)) or not isinstance(
-            grads, Iterable
+        if not isinstance(grads, (list, tuple)) and (
+            isinstance(grads, (str, set, frozenset, Mapping))
+            or is_array(grads)
+            or not isinstance(grads, Iterable)
         ):
             raise TypeError(
                 f"{what} must be a sequence of {self._n} arrays, got {type(grads).__name__}"
@@ -564,19 +573,27 @@ cdef class Plan:
             )
         return listed
 
-    cdef Py_ssize_t _take(self, tuple sets, tuple names, bint written) except -1:
-        """Check sets of gradients, point every tensor at its own; return how many elements."""
-        cdef Py_ssize_t i, k, n_elements = 0, n_sets = PyTuple_GET_SIZE(sets)
+    cdef Py_ssize_t _take(self, list sets, tuple names, bint written) except -1:
+        """Check sets of gradients, point every tensor at its own; return how many elements.
+
+        A set with gradients of other libraries is replaced in `sets` by one of NumPy's views of
+        them, which the caller holds for as long as the pointers are used.
+        """
+        cdef Py_ssize_t i, k, n_elements = 0, n_sets = PyList_GET_SIZE(sets)
         cdef Py_ssize_t n_pointers = self._n * n_sets
+        cdef tuple listed
+        cdef list views
         cdef ndarray a
         cdef Label label
         cdef void *data
         if n_pointers > self._n_pointers:
             self._pointers = <void **>reallocate(self._pointers, n_pointers, sizeof(void *))
             self._n_pointers = n_pointers
-        for i in range(self._n):
-            for k in range(n_sets):
-                gradient = <object>PyTuple_GET_ITEM(<tuple>PyTuple_GET_ITEM(sets, k), i)
+        for k in range(n_sets):
+            listed = <tuple>PyList_GET_ITEM(sets, k)
+            views = None
+            for i in range(self._n):
+                gradient = <object>PyTuple_GET_ITEM(listed, i)
                 label = self._label(<bytes>PyTuple_GET_ITEM(names, k), i)
                 data = NULL
                 if gradient is not None:
@@ -584,6 +601,10 @@ cdef class Plan:
                         gradient, <ndarray>PyTuple_GET_ITEM(self._params, i), written, label,
                         self._keys
                     )
+                    if <PyObject *>a != <PyObject *>gradient:
+                        if views is None:
+                            views = list(listed)
+                        views[i] = a
                     data = PyArray_DATA(a)
                     if data != self._slots[i].clear or k > 0:
                         self._refuse_written(a, label)
@@ -595,6 +616,9 @@ cdef class Plan:
                         "must both be None or neither"
                     )
                 self._pointers[i * n_sets + k] = data
+            if views is not None:
+                sets[k] = tuple(views)
+        for i in range(self._n):
             self._tensors[i].grads = &self._pointers[i * n_sets]
             self._tensors[i].n_grads = <int>n_sets
             if self._pointers[i * n_sets] != NULL:
@@ -663,12 +687,12 @@ cdef class Plan:
     def _bind(self, grads):
         """Check gradients once and keep them."""
         cdef Py_ssize_t i
-        cdef tuple listed = self._listed(grads, "grads")
-        self._take((listed,), (b"grads",), True)
+        cdef list sets = [self._listed(grads, "grads")]
+        self._take(sets, (b"grads",), True)
         self._sums = <Tensor *>allocate(self._n, sizeof(Tensor))
         for i in range(self._n):
             self._slots[i].bound = self._pointers[i]
-        self._bound = listed
+        self._bound = sets[0]
 
     cdef Py_ssize_t _take_bound(self) except -1:
         """Point every tensor at its bound gradient."""
@@ -759,8 +783,8 @@ cdef class Plan:
             if grads is BOUND:
                 if self._bound is None:
                     raise TypeError("grads must be given to step() where none were bound")
-                return self._step((), (), grad_scale, zero_grad)
-            return self._step((self._listed(grads, "grads"),), (b"grads",), grad_scale, zero_grad)
+                return self._step([], (), grad_scale, zero_grad)
+            return self._step([self._listed(grads, "grads")], (b"grads",), grad_scale, zero_grad)
         finally:
             self._busy = False
 
@@ -801,13 +825,13 @@ cdef class Plan:
             if not replica_grads:
                 raise ValueError("replica_grads must have at least one entry, got none")
             names = [f"replica_grads[{k}]" for k in range(len(replica_grads))]
-            sets = tuple([self._listed(grads, name)
-                          for grads, name in zip(replica_grads, names, strict=True)])
+            sets = [self._listed(grads, name)
+                    for grads, name in zip(replica_grads, names, strict=True)]
             return self._step(sets, tuple([name.encode() for name in names]), grad_scale, zero_grad)
         finally:
             self._busy = False
 
-    cdef bint _step(self, tuple sets, tuple names, object grad_scale, object zero_grad) except -1:
+    cdef bint _step(self, list sets, tuple names, object grad_scale, object zero_grad) except -1:
         """Check, sweep, keep the books; no `sets` at all means the bound gradients."""
         cdef Py_ssize_t i, n_elements
         cdef bint zeroing = flag(zero_grad, "zero_grad"), clips = self._max_norm < INFINITY
@@ -823,7 +847,7 @@ cdef class Plan:
             self._follow_schedules()
         ema_decay = self._current_ema_decay()
         if sets:
-            scale /= PyTuple_GET_SIZE(sets)
+            scale /= PyList_GET_SIZE(sets)
         if scale != 1:
             self._check_grad_scale(scale)
         if sets:
@@ -963,16 +987,17 @@ cdef class Plan:
             As `step`; RuntimeError also where no gradients are bound.
         """
         cdef Py_ssize_t i, n_elements
+        cdef list sets
         cdef Scalars plus
         cdef optcore_options o = default_options()
         self._begin()
         try:
             if self._bound is None:
                 raise RuntimeError("accumulate() needs gradients bound with SGD(..., grads=...)")
-            listed = self._listed(grads, "grads")
+            sets = [self._listed(grads, "grads")]
             self._check_places()
             self._take_bound()
-            n_elements = self._take((listed,), (b"grads",), False)
+            n_elements = self._take(sets, (b"grads",), False)
             for i in range(self._n):
                 if self._pointers[i] != NULL and self._slots[i].bound == NULL:
                     raise ValueError(

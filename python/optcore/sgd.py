@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from optcore.arrays import is_array
 from optcore.plan import GROUP_KEYS, GROUP_OPTIONS, Plan, checked_lr
 
 STATE_VERSION = 1
@@ -20,9 +21,9 @@ def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, .
     """Return the arrays of one group and, from a mapping, their names."""
     if isinstance(params, Mapping):
         return tuple(params.values()), tuple(params)
-    if isinstance(params, np.ndarray):
+    if is_array(params):
         return (params,), None
-    if isinstance(params, Iterable) and not isinstance(params, (str, bytes, set, frozenset)):
+    if isinstance(params, Iterable) and not isinstance(params, (str, set, frozenset)):
         return tuple(params), None
     raise TypeError(
         f"{what} must be an array, a sequence or a mapping of arrays, or a list of group "
@@ -70,7 +71,7 @@ def _read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, 
     if all(isinstance(options["params"], Mapping) for options in given):
         structure = "mapping"
     else:
-        structure = "array" if isinstance(params, np.ndarray) else "sequence"
+        structure = "array" if is_array(params) else "sequence"
     return groups, structure
 
 
@@ -81,6 +82,8 @@ class SGD(Plan):
     ----------
     params : array, sequence or mapping of arrays, or list of group dictionaries
         float32 or float64 arrays of any shape, C- or Fortran-contiguous, updated in place.
+        Besides NumPy's: PyTorch's CPU tensors, and whatever lends its memory by DLPack or the
+        buffer protocol, which is kept alive.
         A group dictionary holds ``"params"`` and any of the options below that bear a star,
         as PyTorch's do.
     lr : float >= 0, or callable
@@ -121,7 +124,8 @@ class SGD(Plan):
     ----------
     param_groups : list of dict
         One dictionary a group; options may be edited between steps and are checked when they
-        change. ``"params"`` is a tuple and stays as it is.
+        change. ``"params"`` is a tuple and stays as it is: NumPy arrays, which for parameters
+        of other libraries are views of their memory.
     step_count : int
         Steps applied.
     skipped : int
