@@ -3,17 +3,22 @@
 #   make demo        train the digits network with both backends and compare
 #   make test        run the tests against the installed wheel
 #   make lint        ruff and cython-lint
-#   make bench       the engine's benchmarks and their report
+#   make gallery     the lecture's figures and numbers: build/gallery/index.html
+#   make bench       the engine's benchmarks and their report: bench/results/
+#   make bench-peers whole models and single vectors against PyTorch, JAX, Numba and BLAS
 #   make wheel       build/dist/*.whl
 #   make clean       remove all that was built
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# `make test TEST_ENV=ci` installs what the tests of every extra need, PyTorch among it
+TEST_ENV ?= test
 
-SOURCES := pyproject.toml setup.py $(wildcard optcore/*.p* python/optcore/*.p*)
+SOURCES := pyproject.toml setup.py \
+    $(wildcard optcore/*.p* python/optcore/*.p* python/optcore/include/*.h)
 VENVS := build/venv
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test lint gallery bench bench-peers wheel clean
 .SECONDARY:
 
 help:
@@ -22,15 +27,21 @@ help:
 demo: $(VENVS)/demo/.installed
 	$(VENVS)/demo/bin/python examples/digits.py
 
-test: $(VENVS)/test/.installed
-	$(VENVS)/test/bin/python -m pytest $(PYTEST_ARGS)
+test: $(VENVS)/$(TEST_ENV)/.installed
+	$(VENVS)/$(TEST_ENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENVS)/lint/.installed
 	$(VENVS)/lint/bin/ruff check .
 	PATH="$(abspath $(VENVS)/lint/bin):$$PATH" cython-lint optcore python/optcore
 
+gallery: $(VENVS)/gallery/.installed
+	$(VENVS)/gallery/bin/python examples/lecture/build.py --out build/gallery
+
 bench: $(VENVS)/bench/.installed
-	$(VENVS)/bench/bin/python bench/run.py engine --out bench/results
+	$(VENVS)/bench/bin/python bench/run.py engine --out bench/results $(BENCH_ARGS)
+
+bench-peers: $(VENVS)/bench-peers/.installed
+	$(VENVS)/bench-peers/bin/python bench/run.py peers --out bench/results $(BENCH_ARGS)
 
 wheel: build/wheel.stamp
 
