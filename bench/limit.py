@@ -15,7 +15,11 @@ from cases import STREAMS, Arrays, Case, Run, count_of
 from contenders import LIMIT, Contender
 
 HUGE_PAGE = 2 << 20
-FLAGS = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+# Not -ffast-math: linked into a library, it turns subnormals off for the whole process.
+FLAGS = [
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-fassociative-math", "-shared", "-fPIC",
+]
 # The first that the compiler takes. GCC prefers 32-byte vectors on CPUs it does not know.
 EXTRAS = [["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], []]
 # A parallel region costs a microsecond or two: below this many elements one thread is faster.

@@ -4,6 +4,8 @@ Run ``python examples/autograd_hips.py``; it needs ``pip install 'optcore[exampl
 """
 from __future__ import annotations
 
+from typing import Any
+
 import autograd.numpy as np
 from autograd import value_and_grad
 
@@ -12,13 +14,13 @@ import optcore
 STEPS = 1000
 
 
-def predict(params, x):
+def predict(params: dict[str, Any], x: Any) -> Any:
     """Return the network's output for a column of inputs."""
     hidden = np.tanh(x @ params["w1"] + params["b1"])
     return hidden @ params["w2"] + params["b2"]
 
 
-def loss(params, x, y):
+def loss(params: dict[str, Any], x: Any, y: Any) -> Any:
     """Return the mean squared error."""
     return np.mean((predict(params, x) - y) ** 2)
 

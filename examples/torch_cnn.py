@@ -16,7 +16,7 @@ import optcore.torch
 EPOCHS, BATCH = 10, 64
 
 
-def train(kind: type[torch.optim.Optimizer]) -> tuple[list[float], float]:
+def train(kind: type[optcore.torch.SGD] | type[torch.optim.SGD]) -> tuple[list[float], float]:
     """Train from one and the same start; return the losses and the seconds spent in step()."""
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
@@ -30,10 +30,10 @@ def train(kind: type[torch.optim.Optimizer]) -> tuple[list[float], float]:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, EPOCHS)
     losses, seconds = [], 0.0
     for _ in range(EPOCHS):
-        for batch in torch.randperm(len(x)).split(BATCH):
+        for batch in torch.randperm(len(x)).split(BATCH):  # type: ignore[no-untyped-call]
             opt.zero_grad()
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             start = time.perf_counter()
             opt.step()
             seconds += time.perf_counter() - start

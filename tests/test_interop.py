@@ -113,12 +113,13 @@ def test_optimizers_step_the_lent_memory(kind, lend, three):
         }[kind]
         opt = optcore.SGD(params, lr=0.1, momentum=0.9, ema_decay=0.5,
                           grads=grads if kind == "bound" else None)
+        given = () if kind == "bound" else (grads,)
         for _ in range(3):
-            opt.step(None if kind == "bound" else grads, zero_grad=False)
+            opt.step(*given, zero_grad=False)
         opt.step_replicas([grads, grads], zero_grad=False)
         if kind == "bound":
             opt.accumulate(make(three[2]))
-        opt.step(None if kind == "bound" else grads, zero_grad=True)
+        opt.step(*given, zero_grad=True)
         return read(x), read(g), opt
 
     (x, g, ours), (y, h, theirs) = run(np.copy), run(lend)

@@ -28,7 +28,8 @@ def test_mypy_strict():
 def test_stubs_are_what_was_compiled(tmp_path):
     allowlist = Path(__file__).with_name("stubtest_allowlist.txt")
     # From a folder of its own: the sources' package would hide the installed one.
-    run_clean("mypy.stubtest", "optcore", "--allowlist", str(allowlist), cwd=tmp_path)
+    run_clean("mypy.stubtest", "optcore", "--allowlist", str(allowlist),
+              "--mypy-config-file", str(ROOT / "pyproject.toml"), cwd=tmp_path)
 
 
 def test_wrong_use_is_an_error(tmp_path):

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 try:
-    from sklearn import neural_network  # type: ignore[import-untyped]
-    from sklearn.neural_network import (  # type: ignore[import-untyped]
+    from sklearn import neural_network
+    from sklearn.neural_network import (
         _multilayer_perceptron,
         _stochastic_optimizers,
     )

@@ -352,7 +352,9 @@ class SGD(torch.optim.Optimizer):
             averages.append(
                 _saved(entry, "ema", order, array, i) if self.ema_decay is not None else None
             )
-        plan._restore(velocities, averages, [v is None for v in velocities], 0, 0)
+        plan._restore(
+            plan.param_groups, velocities, averages, [v is None for v in velocities], 0, 0
+        )
         self._waiting = list(enumerate(owners))
         if self.ema_decay is not None:
             for (param, order, _), (_, average, _) in zip(owners, plan._state, strict=True):
