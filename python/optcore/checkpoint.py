@@ -171,6 +171,6 @@ def refusing(path: str | os.PathLike[str]) -> Any:
         yield
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} does not fit: {reason}") from error
