@@ -28,7 +28,10 @@ LR = RULES["momentum"][0]
 BATCH = 64
 
 
-def train(model: MLP, optimizer: optcore.SGD, data, epochs: int, rank: int, size: int) -> float:
+def train(
+    model: MLP, optimizer: optcore.SGD, data: tuple[np.ndarray, ...], epochs: int,
+    rank: int, size: int,
+) -> float:
     """Train on this rank's share of every batch; return the test accuracy."""
     x, labels, x_test, labels_test = data
     rng = np.random.default_rng(1)              # the same order on every rank

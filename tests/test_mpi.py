@@ -385,8 +385,10 @@ def trained(cls, comm, n_steps, params, opt=None):
                   ema_decay=0.75)
     for k in range(opt.step_count, n_steps):
         # rank 0's gradients alone, scaled so that the mean has their bits for any number of ranks
-        opt.step({name: None if name == "p4" and k < 2 else g * (comm.rank == 0)
-                  for name, g in named(gradients(k, 0)).items()}, grad_scale=comm.size)
+        grads = gradients(k, 0)
+        for g in grads:
+            g *= comm.rank == 0
+        opt.step({**named(grads), **({"p4": None} if k < 2 else {})}, grad_scale=comm.size)
     return opt
 
 
