@@ -329,7 +329,7 @@ KILLER = """
 
     path, n_kills = sys.argv[1], int(sys.argv[2])
     random.seed(20170425)
-    N = 20_000      # large enough that a kill hits every part of a save
+    N = 250_000     # large enough that a kill hits every part of a save
 
     def optimizer():
         return optcore.SGD(np.zeros(N, np.float32), lr=1.0, momentum=0.5)
@@ -352,7 +352,7 @@ KILLER = """
             child(opt, writing)
         os.close(writing)
         told = os.read(reading, 8)      # the first save is done
-        time.sleep(random.uniform(0, 0.01))
+        time.sleep(random.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         while more := os.read(reading, 8):
