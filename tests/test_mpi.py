@@ -238,7 +238,7 @@ def refusals_of_one_rank_reach_all(comm):
         wrong[2] = np.ones(7, np.float64 if last else np.float32)
         assert_all_raise(comm, TypeError, "grads[2] has dtype float64", opt.step, wrong)
         assert_all_raise(comm, TypeError, "grads must be given", opt.step,
-                         None if last else gradients(1, comm.rank))
+                         *(() if last else (gradients(1, comm.rank),)))
         assert_all_raise(comm, ValueError, "grad_scale must be", opt.step,
                          gradients(1, comm.rank), grad_scale=-1.0 if last else 1.0)
         assert_same(params, before)

@@ -25,7 +25,7 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an 
 
 from optcore import checkpoint
 from optcore._arena import LINE
-from optcore.plan import GROUP_OPTIONS
+from optcore.plan import BOUND, GROUP_OPTIONS
 from optcore.sgd import SGD, _State
 
 __all__ = ["DataParallelSGD", "ShardedSGD"]
@@ -198,7 +198,7 @@ class _Distributed(SGD):
         return lines + [f"{key}={value!r}" for key, value in options.items()]
 
     def step(
-        self, grads: Any = None, *, grad_scale: float = 1.0, zero_grad: bool = False
+        self, grads: Any = BOUND, *, grad_scale: float = 1.0, zero_grad: bool = False
     ) -> bool:
         """Take one step with the mean of all ranks' gradients.
 
@@ -331,8 +331,8 @@ class DataParallelSGD(_Distributed):
     if __doc__:
         __doc__ += _PARAMETERS
 
-    def _lay_out(self, groups: list[dict[str, Any]], structure: str) -> None:
-        super()._lay_out(groups, structure)
+    def _build(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super()._build(groups, **options)
         params = self._whole_params
         self._lay_flat(params)
         places = {i: flat.whole[at] for flat in self._flats for i, at in flat.places.items()}
@@ -367,12 +367,15 @@ class ShardedSGD(_Distributed):
     if __doc__:
         __doc__ += _PARAMETERS
 
-    def _lay_out(self, groups: list[dict[str, Any]], structure: str) -> None:
+    def _build(
+        self, groups: list[dict[str, Any]], *, grads: Any, **options: Any
+    ) -> None:
         self._whole = SGD.__new__(SGD)      # without a velocity: it checks and never steps
-        self._whole._lay_out(
+        self._whole._build(
             [{**GROUP_OPTIONS, **{key: group[key] for key in ("params", "param_names")},
               "lr": 0.0} for group in groups],
-            structure,
+            single=options["single"], by_name=options["by_name"], max_norm=None,
+            skip_nonfinite=False, track_grad_norm=False, ema_decay=None, grads=grads,
         )
         params = self._whole_params
         self._lay_flat(params)
@@ -383,10 +386,10 @@ class ShardedSGD(_Distributed):
         }
         self._averaged = [averaged[i] for i in range(len(params))]
         parts = iter(self._own_part(params))
-        super()._lay_out(
+        super()._build(
             [{**group, "params": tuple(next(parts) for _ in group["params"])}
              for group in groups],
-            structure,
+            grads=None, **options,
         )
         self._join_squares = functools.partial(_join_squares, self.comm, len(params))
 
@@ -446,12 +449,13 @@ class ShardedSGD(_Distributed):
         averages = [average for _, average, _ in self._snapshot()]
         return None if averages[0] is None else self._structured(averages)
 
-    def _bind(self, grads: Any) -> None:
-        self._whole._bind(grads)
-
     def accumulate(self, grads: Any) -> None:
         """Add gradients into this rank's bound ones, as `optcore.SGD.accumulate`."""
         self._whole.accumulate(grads)
+
+    def zero_grad(self) -> None:
+        """Set this rank's bound gradients to zero, as `optcore.SGD.zero_grad`."""
+        self._whole.zero_grad()
 
     def _reduce(self) -> None:
         for flat, sums in zip(self._flats, self._sums, strict=True):

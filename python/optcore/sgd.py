@@ -599,9 +599,10 @@ class _State:
 
     def apply(self) -> None:
         opt = self.opt
+        step_count, skipped = self.counts
         opt._restore(
             self.groups, opt._own_part(self.velocities), opt._own_part(self.averages),
-            self.first_steps, *self.counts, self.options,
+            self.first_steps, step_count, skipped, self.options,
         )
         for param, saved in zip(opt._whole_params, self.params, strict=True):
             if saved is not None:
