@@ -151,6 +151,9 @@ cdef class Plan:
     cdef readonly Py_ssize_t step_count
     cdef readonly Py_ssize_t skipped
     cdef public object param_groups
+    # Where others hold the rest of the gradients: takes this plan's sum of squares and the
+    # indices of its parameters that are not finite, returns everyone's.
+    cdef public object _join_squares
 
     def __dealloc__(self):
         free(self._tensors)
@@ -780,11 +783,32 @@ cdef class Plan:
         """
         self._begin()
         try:
-            if grads is BOUND:
-                if self._bound is None:
-                    raise TypeError("grads must be given to step() where none were bound")
-                return self._step([], (), grad_scale, zero_grad)
-            return self._step([self._listed(grads, "grads")], (b"grads",), grad_scale, zero_grad)
+            return self._step(self._one_set(grads), (b"grads",), grad_scale, zero_grad)
+        finally:
+            self._busy = False
+
+    cdef list _one_set(self, object grads):
+        """The gradients given to a step, or nothing for the bound ones."""
+        if grads is not BOUND:
+            return [self._listed(grads, "grads")]
+        if self._bound is None:
+            raise TypeError("grads must be given to step() where none were bound")
+        return []
+
+    def _check_step(self, grads, grad_scale, zero_grad):
+        """Check a step as `step` does and take none, for those who agree on it with others.
+
+        Returns the gradients of all parameters in their order, the lr of every group and the
+        decay of the average.
+        """
+        cdef double scale = number(grad_scale, "grad_scale", POSITIVE), ema_decay
+        cdef Py_ssize_t g
+        self._begin()
+        try:
+            sets = self._one_set(grads)
+            self._prepare(sets, (b"grads",), &scale, flag(zero_grad, "zero_grad"), &ema_decay)
+            lrs = [self._groups[g].options.lr for g in range(self._n_groups)]
+            return (sets[0] if sets else self._bound), lrs, ema_decay
         finally:
             self._busy = False
 
@@ -839,27 +863,8 @@ cdef class Plan:
         cdef double ema_decay, norm
         cdef Slot *slot
         cdef Tensor *t
-        # Everything that can fail
-        self._check_places()
-        if self._groups_changed():
-            self._read_groups()
-        if self._scheduled:
-            self._follow_schedules()
-        ema_decay = self._current_ema_decay()
-        if sets:
-            scale /= PyList_GET_SIZE(sets)
-        if scale != 1:
-            self._check_grad_scale(scale)
-        if sets:
-            n_elements = self._take(sets, names, zeroing)
-        else:
-            n_elements = self._take_bound()
-        if not self._any_gradient():
-            raise ValueError("grads must hold at least one array, got None for every parameter")
-        if clips or self._track_grad_norm or self._skip_nonfinite:
-            self._allocate_partials()
-        self._start_velocities()
-        # Nothing from here on can
+        n_elements = self._prepare(sets, names, &scale, zeroing, &ema_decay)
+        # Nothing from here on can fail
         self._grad_norm = None
         self._nonfinite = ()
         if clips or self._track_grad_norm or self._skip_nonfinite:
@@ -887,6 +892,32 @@ cdef class Plan:
         self._sweep(STEP, self._tensors, n_elements)
         self.step_count += 1
         return True
+
+    cdef Py_ssize_t _prepare(
+        self, list sets, tuple names, double *scale, bint zeroing, double *ema_decay
+    ) except -1:
+        """Everything of a step that can fail; return how many elements it steps."""
+        cdef Py_ssize_t n_elements
+        self._check_places()
+        if self._groups_changed():
+            self._read_groups()
+        if self._scheduled:
+            self._follow_schedules()
+        ema_decay[0] = self._current_ema_decay()
+        if sets:
+            scale[0] /= PyList_GET_SIZE(sets)
+        if scale[0] != 1:
+            self._check_grad_scale(scale[0])
+        if sets:
+            n_elements = self._take(sets, names, zeroing)
+        else:
+            n_elements = self._take_bound()
+        if not self._any_gradient():
+            raise ValueError("grads must hold at least one array, got None for every parameter")
+        if self._max_norm < INFINITY or self._track_grad_norm or self._skip_nonfinite:
+            self._allocate_partials()
+        self._start_velocities()
+        return n_elements
 
     cdef bint _any_gradient(self) noexcept:
         cdef Py_ssize_t i
@@ -934,7 +965,6 @@ cdef class Plan:
         cdef double total = 0
         cdef Tensor *t
         cdef list found = []
-        nonfinite[0] = 0
         for i in range(self._n):
             self._tensors[i].unit = unit
         self._sweep(SQUARES, self._tensors, n_elements)
@@ -948,7 +978,9 @@ cdef class Plan:
                 count += t.partials[chunk].nonfinite
             if count:
                 found.append(i)
-                nonfinite[0] += count
+        if self._join_squares is not None:
+            total, found = self._join_squares(total, found)
+        nonfinite[0] = len(found)
         self._nonfinite = tuple(found)
         return total
 
@@ -1082,22 +1114,32 @@ cdef class Plan:
 
     def _restore(
         self, list groups, velocities, averages, first_steps, Py_ssize_t step_count,
-        Py_ssize_t skipped
+        Py_ssize_t skipped, dict options
     ):
         """Take over a checked state; None where a velocity or average stays as it is."""
         cdef Py_ssize_t i
         self._begin()
         try:
             self._check_places()
-            before = self.param_groups
+            before = (
+                self.param_groups, self._max_norm, self._skip_nonfinite, self._track_grad_norm,
+                self._ema_decay, self._ema_schedule,
+            )
             self.param_groups = groups
             try:
-                self._read_groups()
+                self.max_norm = options["max_norm"]     # reads the groups
+                self.skip_nonfinite = options["skip_nonfinite"]
+                self.track_grad_norm = options["track_grad_norm"]
+                if options["ema_decay"] is not None:
+                    self._set_ema_decay(options["ema_decay"])
                 if any([v is not None for v in velocities]) and self._velocities is None:
                     self._allocate_velocities()
                 self._start_velocities()
             except BaseException:
-                self.param_groups = before
+                (
+                    self.param_groups, self._max_norm, self._skip_nonfinite,
+                    self._track_grad_norm, self._ema_decay, self._ema_schedule,
+                ) = before
                 raise
             for i in range(self._n):
                 if self._velocities is not None:

@@ -59,3 +59,27 @@ def threads(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20170425)
+
+
+_checkpoint_counts = {}
+
+
+@pytest.fixture(scope="session")
+def checkpoint_counts():
+    """Counts of damaged checkpoints, for the end of the report."""
+    return _checkpoint_counts
+
+
+class CheckpointReport:
+    """Prints what was tried on checkpoints, where anything was."""
+
+    @staticmethod
+    def pytest_terminal_summary(terminalreporter):
+        if _checkpoint_counts:
+            terminalreporter.write_line("checkpoints: " + ", ".join(
+                f"{count} {what}" for what, count in _checkpoint_counts.items()
+            ))
+
+
+def pytest_sessionstart(session):
+    session.config.pluginmanager.register(CheckpointReport(), "optcore-checkpoints")

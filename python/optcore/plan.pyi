@@ -14,6 +14,7 @@ BOUND: object
 
 class Plan:
     param_groups: list[dict[str, Any]]
+    _join_squares: Callable[[float, list[int]], tuple[float, list[int]]] | None
     @property
     def step_count(self) -> int: ...
     @property
@@ -48,6 +49,9 @@ class Plan:
         grad_scale: float = 1.0,
         zero_grad: bool = False,
     ) -> bool: ...
+    def _check_step(
+        self, grads: _Grads | object, grad_scale: float, zero_grad: bool
+    ) -> tuple[tuple[_Array | None, ...], list[float], float]: ...
     def accumulate(self, grads: _Grads) -> None: ...
     def _build(
         self,
@@ -74,6 +78,7 @@ class Plan:
         first_steps: Sequence[bool],
         step_count: int,
         skipped: int,
+        options: dict[str, Any],
     ) -> None: ...
 
 def checked_lr(value: object, name: str) -> float: ...

@@ -1,20 +1,23 @@
 """The optimizer: groups, structure and state around the compiled plan."""
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from optcore import checkpoint
 from optcore.arrays import is_array
 from optcore.plan import GROUP_KEYS, GROUP_OPTIONS, Plan, checked_lr
 
 STATE_VERSION = 1
 
 Schedule = Callable[[int], float]
+_Self = TypeVar("_Self", bound="SGD")
 
 
 def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, ...] | None]:
@@ -31,14 +34,18 @@ def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, .
     )
 
 
-def _read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Return complete group dictionaries, and the structure in which gradients will come."""
+def _given_groups(params: Any) -> tuple[list[Any], bool]:
+    """Return the groups as they were given, or one of bare parameters, and which it was."""
     if isinstance(params, Iterator):    # of arrays or of groups: model.parameters() is one
         params = list(params)
     if isinstance(params, (list, tuple)) and any(isinstance(p, Mapping) for p in params):
-        given, grouped = list(params), True
-    else:
-        given, grouped = [{"params": params}], False
+        return list(params), True
+    return [{"params": params}], False
+
+
+def _read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Return complete group dictionaries, and the structure in which gradients will come."""
+    given, grouped = _given_groups(params)
     groups = []
     for i, options in enumerate(given):
         if not isinstance(options, Mapping):
@@ -219,18 +226,39 @@ class SGD(Plan):
         average either.
         """
         averages = [average for _, average, _ in self._state]
-        if averages[0] is None:
-            return None
+        return None if averages[0] is None else self._structured(averages)
+
+    def _structured(self, arrays: list[Any]) -> Any:
+        """Return one array a parameter in the structure of `params`."""
         if self._structure == "array":
-            return averages[0]
+            return arrays[0]
         if self._structure == "mapping":
-            return dict(zip(self._names, averages, strict=True))
-        return averages
+            return dict(zip(self._names, arrays, strict=True))
+        return arrays
 
     @property
     def _names(self) -> list[Any]:
         return [name for group in self.param_groups
                 for name in group["param_names"] or (None,) * len(group["params"])]
+
+    @property
+    def _whole_params(self) -> list[np.ndarray]:
+        """The caller's arrays, where this optimizer may step but a part of each."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _own_part(self, arrays: list[np.ndarray | None]) -> list[np.ndarray | None]:
+        """Return what this optimizer holds of one array a parameter."""
+        return arrays
+
+    @property
+    def _sweep_options(self) -> dict[str, Any]:
+        """The options that no group holds."""
+        return {
+            "max_norm": self.max_norm,
+            "skip_nonfinite": self.skip_nonfinite,
+            "track_grad_norm": self.track_grad_norm,
+            "ema_decay": self.ema_decay,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on with the same bits.
@@ -296,6 +324,132 @@ class SGD(Plan):
         """
         _State(self, state_dict).apply()
 
+    def save(self, path: str | os.PathLike[str], *, include_params: bool = False) -> None:
+        """Write all that a later run needs to go on with the same bits, in safetensors.
+
+        The file is written beside `path`, synced and renamed: whoever is killed meanwhile
+        leaves the old file or the new one.
+
+        Parameters
+        ----------
+        path : path
+            Its folder must exist.
+        include_params : bool, default False
+            Save the parameters as well, so that they cannot part from the state; `restore`
+            and `load` then write them into the arrays.
+
+        Raises
+        ------
+        ImportError
+            Where safetensors is missing.
+        OSError, TypeError
+            Where the file cannot be written, or names or options are not plain numbers and
+            strings. The old file stays.
+        """
+        checkpoint.write(path, self._contents(include_params))
+
+    def _contents(self, include_params: bool) -> dict[str, Any]:
+        """Return the state dictionary with all else that a checkpoint holds."""
+        state = self.state_dict()
+        if include_params:
+            for entry, param in zip(state["state"].values(), self._whole_params, strict=True):
+                entry["param"] = param.copy()
+        options = self._sweep_options
+        if callable(options["ema_decay"]):
+            options["ema_decay"] = None
+        return {**state, "options": options}
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file that `save` wrote, as `load_state_dict` does.
+
+        Options of the whole optimizer (`max_norm`, `skip_nonfinite`, `track_grad_norm`,
+        `ema_decay`) come from the file too; where the decay was saved as a callable, this
+        optimizer's own stays. Parameters are written where the file holds them.
+
+        Raises
+        ------
+        CheckpointError
+            For a file that is damaged, foreign, or does not fit. Nothing has changed then.
+        ImportError, OSError
+            Where safetensors is missing, or the file.
+        """
+        self._resume(path, checkpoint.read(path))
+
+    def _resume(self, path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
+        with checkpoint.refusing(path):
+            self.load_state_dict(contents)
+
+    @classmethod
+    def load(
+        cls: type[_Self],
+        path: str | os.PathLike[str],
+        params: Any,
+        *,
+        lr: Schedule | None = None,
+        ema_decay: Schedule | None = None,
+        **more: Any,
+    ) -> _Self:
+        """Build an optimizer over `params` as the one that was saved, and `restore` it.
+
+        Parameters
+        ----------
+        path : path
+            A file that `save` wrote.
+        params
+            In the structure the saved optimizer was given; of groups only their arrays and
+            names count, and their lr where a schedule was saved.
+        lr, ema_decay : callable
+            The schedules, where the saved optimizer had them: a file holds none.
+        **more
+            Passed to the constructor: ``grads``.
+
+        Raises
+        ------
+        CheckpointError
+            For a file that is damaged, foreign, or does not fit.
+        ValueError
+            For a schedule that is missing, or one given where a number was saved.
+        ImportError, OSError, TypeError
+            As `restore`, and as the constructor.
+        """
+        contents = cls._read(path, more)
+        with checkpoint.refusing(path):
+            saved = [{key: group[key] for key in ("lr", *GROUP_OPTIONS)}
+                     for group in contents["param_groups"]]
+            options = dict(contents["options"])
+            averages = any(entry["ema"] is not None for entry in contents["state"].values())
+        groups, grouped = _given_groups(params)
+        if len(groups) != len(saved):
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit: it holds {len(saved)} groups, params {len(groups)}"
+            )
+        for given, group in zip(groups, saved, strict=True):
+            if group["lr"] is None:
+                group["lr"] = lr if given.get("lr") is None else given["lr"]
+                if not callable(group["lr"]):
+                    raise ValueError(f"{path} was saved with a callable lr: give it again as lr=")
+        if lr is not None and all(group["lr"] is not lr for group in saved):
+            raise ValueError(f"lr must be left out, since {path} holds it, got {lr!r}")
+        if averages and options["ema_decay"] is None:
+            if not callable(ema_decay):
+                raise ValueError(
+                    f"{path} was saved with a callable ema_decay: give it again as ema_decay="
+                )
+            options["ema_decay"] = ema_decay
+        elif ema_decay is not None:
+            raise ValueError(f"ema_decay must be left out, {path} says it, got {ema_decay!r}")
+        if grouped:
+            merged = [{**given, **group} for given, group in zip(groups, saved, strict=True)]
+            opt = cls(merged, **options, **more)
+        else:
+            opt = cls(groups[0]["params"], **saved[0], **options, **more)
+        opt._resume(path, contents)
+        return opt
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str], more: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a checkpoint for an optimizer whose constructor will be given `more`."""
+        return checkpoint.read(path)
 
 class _State:
     """A state read and checked whole, before anything is taken over."""
@@ -325,15 +479,18 @@ class _State:
                 f"state_dict['param_groups'] must hold {len(opt.param_groups)} groups, "
                 f"got {len(saved_groups)}"
             )
+        self.options = {**opt._sweep_options, **_given(state_dict.get("options", {}))}
         self.groups: list[dict[str, Any]] = []
+        self.params: list[np.ndarray | None] = []
         self.velocities: list[np.ndarray | None] = []
         self.averages: list[np.ndarray | None] = []
         self.first_steps: list[bool] = []
+        params = iter(opt._whole_params)
         for g, (group, saved) in enumerate(zip(opt.param_groups, saved_groups, strict=True)):
             self._read_group(f"state_dict['param_groups'][{g}]", group, saved)
             factor = self._conversion(f"state_dict['param_groups'][{g}]", group, saved)
-            for param in group["params"]:
-                self._read_param(state_dict["state"], param, factor)
+            for _ in group["params"]:
+                self._read_param(state_dict["state"], next(params), factor)
         unknown = set(state_dict["state"]) - set(range(len(self.velocities)))
         if unknown:
             raise ValueError(
@@ -433,14 +590,29 @@ class _State:
             )
         if velocity is not None and convert is not None:
             velocity = convert(velocity)
+        self.params.append(_array_like(saved.get("param"), param, f"{where}['param']"))
+        if self.params[-1] is not None and not param.flags.writeable:
+            raise ValueError(f"{where}['param'] cannot be restored: its parameter is read-only")
         self.velocities.append(velocity)
         self.averages.append(average)
         self.first_steps.append(bool(saved["first_step"]))
 
     def apply(self) -> None:
-        self.opt._restore(
-            self.groups, self.velocities, self.averages, self.first_steps, *self.counts
+        opt = self.opt
+        step_count, skipped = self.counts
+        opt._restore(
+            self.groups, opt._own_part(self.velocities), opt._own_part(self.averages),
+            self.first_steps, step_count, skipped, self.options,
         )
+        for param, saved in zip(opt._whole_params, self.params, strict=True):
+            if saved is not None:
+                param[...] = saved
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved options of the whole optimizer, without a decay that was a callable."""
+    return {key: value for key, value in options.items()
+            if key != "ema_decay" or value is not None}
 
 
 def _plain(value: Any) -> Any:

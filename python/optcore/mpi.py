@@ -1,0 +1,466 @@
+"""The step over several machines: gradients averaged over MPI ranks, state on each or split.
+
+Every rank holds the whole model and calls every method of an optimizer here, in the same order,
+as MPI's collective operations ask. Before a step or a load touches anything, all ranks learn
+whether all of them can go on and agree on what to do: a rank whose arrays are refused raises
+its own error, the others one that names the rank, and nobody waits for somebody who is gone.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
+    raise ImportError(
+        "optcore.mpi needs mpi4py and an MPI library: pip install 'optcore[mpi]'"
+    ) from error
+
+from optcore import checkpoint
+from optcore._arena import LINE
+from optcore.plan import BOUND, GROUP_OPTIONS
+from optcore.sgd import SGD, _State
+
+__all__ = ["DataParallelSGD", "ShardedSGD"]
+
+# An error of one rank is raised on the others too; elsewhere classes may want other arguments.
+OWN_ERRORS = ("builtins", checkpoint.__name__)
+
+T = TypeVar("T")
+
+
+def _agree(comm: MPI.Intracomm, check: Callable[[], tuple[T, list[str]]]) -> T:
+    """Run `check` on every rank; raise on all of them unless all succeed and say the same.
+
+    `check` returns a result and lines about it. One small reduction decides; what went wrong is
+    only told where something did.
+    """
+    failure: BaseException | None = None
+    lines: list[str] = []
+    try:
+        result, lines = check()
+    except BaseException as error:
+        failure = error
+    said = hashlib.blake2b("\n".join(lines).encode(), digest_size=7)
+    number = int.from_bytes(said.digest(), "little")
+    votes = np.array([failure is None, number, -number], np.int64)
+    comm.Allreduce(MPI.IN_PLACE, votes, MPI.MIN)
+    if votes[0] and votes[1] == -votes[2]:
+        return result
+    kind = type(failure) if type(failure).__module__ in OWN_ERRORS else RuntimeError
+    reports = comm.allgather((None if failure is None else (kind, str(failure)), lines))
+    if failure is not None:
+        raise failure
+    for rank, (refusal, _) in enumerate(reports):
+        if refusal is not None:
+            kind, message = refusal
+            raise kind(f"refused on rank {rank}: {message}")
+    for rank, (_, others) in enumerate(reports):
+        for first, other in itertools.zip_longest(reports[0][1], others, fillvalue="nothing"):
+            if first != other:
+                raise ValueError(
+                    f"ranks must agree, got {first} on rank 0 and {other} on rank {rank}"
+                )
+    raise AssertionError("the votes differ, so do the reports")
+
+
+def _read_on_first(comm: MPI.Intracomm, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint on rank 0 for all: they need no common disk, and see the same file."""
+    contents: dict[str, Any] = comm.bcast(
+        _agree(comm, lambda: (checkpoint.read(path) if comm.rank == 0 else None, []))
+    )
+    return contents
+
+
+def _flattened(array: np.ndarray, param: np.ndarray) -> np.ndarray:
+    """Return an array in its parameter's order of memory; a view where it has that order."""
+    return array.reshape(-1, order="C" if param.flags.c_contiguous else "F")
+
+
+def _join_squares(
+    comm: MPI.Intracomm, n_params: int, total: float, found: list[int]
+) -> tuple[float, list[int]]:
+    """Return the sum of squares, and the parameters that are not finite, of all shards."""
+    sums = np.zeros(1 + n_params)
+    sums[0] = total
+    sums[[1 + i for i in found]] = 1
+    comm.Allreduce(MPI.IN_PLACE, sums)
+    return float(sums[0]), np.flatnonzero(sums[1:]).tolist()
+
+
+class _Flat:
+    """Arrays of one dtype end to end, padded to whole cache lines for every rank.
+
+    Attributes
+    ----------
+    places : dict
+        Where the array of each index lies.
+    whole : ndarray
+        The buffer that travels.
+    shard : ndarray
+        This rank's part of it.
+    """
+
+    def __init__(self, params: list[np.ndarray], dtype: np.dtype, comm: MPI.Intracomm) -> None:
+        self.places: dict[int, slice] = {}
+        end = 0
+        for i, param in enumerate(params):
+            if param.dtype == dtype:
+                self.places[i] = slice(end, end + param.size)
+                end += param.size
+        line = LINE // dtype.itemsize
+        self.share = -(-end // (comm.size * line)) * line
+        self.start = comm.rank * self.share
+        self.whole = np.zeros(comm.size * self.share, dtype)
+        self.shard = self.whole[self.start : self.start + self.share]
+
+    def cut(self, i: int) -> tuple[slice, slice]:
+        """Return this rank's part of array `i`, often empty, and where in the shard it lies."""
+        place = self.places[i]
+        low, high = (
+            min(max(bound, place.start), place.stop)
+            for bound in (self.start, self.start + self.share)
+        )
+        return (
+            slice(low - place.start, high - place.start),
+            slice(low - self.start, high - self.start),
+        )
+
+
+class _Distributed(SGD):
+    """What both optimizers share: agreement, the order of a step, and checkpoints."""
+
+    _flats: list[_Flat]
+    _averaged: list[np.ndarray]     # where the averaged gradients of this rank's plan appear
+
+    def __init__(self, params: Any, comm: MPI.Intracomm, **options: Any) -> None:
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm must be an MPI intracommunicator, got {type(comm).__name__}")
+        self.comm = comm
+
+        def build() -> tuple[None, list[str]]:
+            SGD.__init__(self, params, **options)
+            rates = ["a schedule" if callable(group["lr"]) else group["lr"]
+                     for group in self.param_groups]
+            decay = "a schedule" if callable(self.ema_decay) else self.ema_decay
+            return None, [*self._param_lines(), *self._option_lines(rates, decay)]
+
+        _agree(comm, build)
+        for param in self._whole_params:
+            comm.Bcast(_flattened(param, param))
+        own = [param for group in self.param_groups for param in group["params"]]
+        for (_, average, _), param in zip(self._state, own, strict=True):
+            if average is not None:
+                average[...] = param
+
+    def _lay_flat(self, params: list[np.ndarray]) -> None:
+        dtypes = dict.fromkeys(param.dtype for param in params)
+        self._flats = [_Flat(params, dtype, self.comm) for dtype in dtypes]
+
+    @property
+    def _checking(self) -> SGD:
+        """The plan over the caller's whole arrays, which knows what gradients must be."""
+        raise NotImplementedError
+
+    def _reduce(self) -> None:
+        """Sum the packed gradients over all ranks into `_averaged`, which `step` scales."""
+        raise NotImplementedError
+
+    def _share_params(self) -> None:
+        """Give every rank what the others have stepped."""
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of velocity and average that this rank holds."""
+        return sum(array.nbytes for entry in self._state for array in entry[:2]
+                   if array is not None)
+
+    def _param_lines(self) -> list[str]:
+        return [
+            f"params[{i}]{'' if name is None else f' ({name!r})'} of {param.dtype} "
+            f"{param.shape} in {'C' if param.flags.c_contiguous else 'Fortran'} order"
+            for i, (name, param) in enumerate(zip(self._names, self._whole_params, strict=True))
+        ]
+
+    def _option_lines(self, rates: list[Any], decay: Any) -> list[str]:
+        lines = []
+        for g, (group, lr) in enumerate(zip(self.param_groups, rates, strict=True)):
+            lines += [f"param_groups[{g}] with lr={lr!r}"]
+            lines += [f"param_groups[{g}] with {key}={group[key]!r}" for key in GROUP_OPTIONS]
+        options = {**self._sweep_options, "ema_decay": decay}
+        return lines + [f"{key}={value!r}" for key, value in options.items()]
+
+    def step(
+        self, grads: Any = BOUND, *, grad_scale: float = 1.0, zero_grad: bool = False
+    ) -> bool:
+        """Take one step with the mean of all ranks' gradients.
+
+        Parameters and return value are those of `optcore.SGD.step`. `grad_scale` multiplies
+        the mean; a gradient of None must be None on every rank.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As `optcore.SGD.step`, on all ranks where it is raised on one; ValueError also where
+            ranks disagree on options, step count or gradients of None. Nothing has changed then.
+        """
+        def check() -> tuple[tuple[tuple[Any, ...], Any], list[str]]:
+            listed, _, _ = self._checking._check_step(grads, grad_scale, zero_grad)
+            own = self._structured([
+                None if gradient is None else average
+                for gradient, average in zip(listed, self._averaged, strict=True)
+            ])
+            _, rates, decay = self._check_step(own, grad_scale, False)
+            missing = [i for i, gradient in enumerate(listed) if gradient is None]
+            return (listed, own), [
+                f"step {self.step_count}", f"grad_scale={float(grad_scale)!r}",
+                f"grads that are None at {missing}", *self._option_lines(rates, decay),
+            ]
+
+        listed, own = _agree(self.comm, check)
+        for flat in self._flats:
+            for i, place in flat.places.items():
+                if listed[i] is not None:
+                    flat.whole[place] = _flattened(listed[i], self._whole_params[i])
+        self._reduce()
+        stepped = super().step(own, grad_scale=grad_scale / self.comm.size)
+        if stepped:
+            self._share_params()
+        if zero_grad:
+            for gradient in listed:
+                if gradient is not None:
+                    gradient[...] = 0
+        return stepped
+
+    def step_replicas(
+        self, replica_grads: Any, *, grad_scale: float = 1.0, zero_grad: bool = False
+    ) -> bool:
+        """Refuse: the ranks are the replicas."""
+        raise NotImplementedError(
+            "step_replicas() has no meaning here, where the ranks are the replicas: add up "
+            "gradients with accumulate() and call step()"
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from the state that `state_dict` of any optimizer returned, on all ranks.
+
+        As `optcore.SGD.load_state_dict`; the state is whole, whatever number of ranks it comes
+        from. Collective.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            As there, on all ranks where it is raised on one; also where ranks are given
+            different states.
+        """
+        def check() -> tuple[_State, list[str]]:
+            state = _State(self, state_dict)
+            text, tensors = checkpoint.split(state_dict)
+            return state, [f"a state with SHA-256 {checkpoint.digest(text, tensors)}"]
+
+        _agree(self.comm, check).apply()
+
+    def save(self, path: str | os.PathLike[str], *, include_params: bool = False) -> None:
+        """Write a checkpoint as `optcore.SGD.save` does, on rank 0. Collective.
+
+        Raises
+        ------
+        ImportError, OSError, TypeError
+            As there, on all ranks.
+        """
+        contents = self._contents(include_params)
+
+        def write() -> tuple[None, list[str]]:
+            if self.comm.rank == 0:
+                checkpoint.write(path, contents)
+            return None, []
+
+        _agree(self.comm, write)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint as `optcore.SGD.restore` does, read by rank 0. Collective.
+
+        Raises
+        ------
+        CheckpointError, ImportError, OSError
+            As there, on all ranks.
+        """
+        self._resume(path, _read_on_first(self.comm, path))
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str], more: Mapping[str, Any]) -> dict[str, Any]:
+        if "comm" not in more:
+            raise TypeError(f"{cls.__name__}.load() needs a communicator, comm=")
+        return _read_on_first(more["comm"], path)
+
+
+_PARAMETERS = """
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or list of group dictionaries
+        As for `optcore.SGD`, alike on every rank. They take rank 0's values.
+    comm : mpi4py.MPI.Intracomm
+        The ranks that train together.
+    **options
+        Those of `optcore.SGD`, alike on every rank.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `optcore.SGD`, on all ranks where it is raised on one; ValueError also where ranks
+        differ in arrays, names or options.
+    """
+
+
+class DataParallelSGD(_Distributed):
+    """`optcore.SGD` on the mean of all ranks' gradients, with the state whole on every rank.
+
+    A step copies the gradients into one flat buffer a dtype, sums that over the ranks with
+    Allreduce and steps with a scale of 1 / ranks. Ranks hold the same bits after every step:
+    MPI gives them identical sums. Up to two ranks they are the bits of
+    `optcore.SGD.step_replicas`; beyond, MPI chooses the order of the sum.
+    """
+
+    if __doc__:
+        __doc__ += _PARAMETERS
+
+    def _build(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super()._build(groups, **options)
+        params = self._whole_params
+        self._lay_flat(params)
+        places = {i: flat.whole[at] for flat in self._flats for i, at in flat.places.items()}
+        self._averaged = [
+            places[i].reshape(param.shape, order="C" if param.flags.c_contiguous else "F")
+            for i, param in enumerate(params)
+        ]
+
+    @property
+    def _checking(self) -> SGD:
+        return self
+
+    def _reduce(self) -> None:
+        for flat in self._flats:
+            self.comm.Allreduce(MPI.IN_PLACE, flat.whole)
+
+
+class ShardedSGD(_Distributed):
+    """`optcore.SGD` on the mean of all ranks' gradients, with the state split over the ranks.
+
+    Velocity and averages take 1 / ranks of their memory on each (ZeRO, stage 1; Rajbhandari et
+    al., 2020). The parameters are laid end to end, a buffer a dtype, and cut into equal shards;
+    a step sums the gradients with Reduce_scatter, steps this rank's shard where it lies in the
+    parameters, and collects the shards with Allgather. Parameters have the bits of
+    `DataParallelSGD` where MPI adds up in the same order and `max_norm` does not act: the norm
+    is a sum over shards.
+
+    ``param_groups[g]["params"]`` are this rank's parts, one for each parameter, many of them
+    empty. `ema`, `state_dict` and `save` collect from all ranks, hence are collective.
+    """
+
+    if __doc__:
+        __doc__ += _PARAMETERS
+
+    def _build(
+        self, groups: list[dict[str, Any]], *, grads: Any, **options: Any
+    ) -> None:
+        self._whole = SGD.__new__(SGD)      # without a velocity: it checks and never steps
+        self._whole._build(
+            [{**GROUP_OPTIONS, **{key: group[key] for key in ("params", "param_names")},
+              "lr": 0.0} for group in groups],
+            single=options["single"], by_name=options["by_name"], max_norm=None,
+            skip_nonfinite=False, track_grad_norm=False, ema_decay=None, grads=grads,
+        )
+        params = self._whole_params
+        self._lay_flat(params)
+        self._sums = [np.zeros(flat.share, flat.whole.dtype) for flat in self._flats]
+        averaged = {
+            i: sums[flat.cut(i)[1]]
+            for flat, sums in zip(self._flats, self._sums, strict=True) for i in flat.places
+        }
+        self._averaged = [averaged[i] for i in range(len(params))]
+        parts = iter(self._own_part(params))
+        super()._build(
+            [{**group, "params": tuple(next(parts) for _ in group["params"])}
+             for group in groups],
+            grads=None, **options,
+        )
+        self._join_squares = functools.partial(_join_squares, self.comm, len(params))
+
+    @property
+    def _checking(self) -> SGD:
+        return self._whole
+
+    @property
+    def _whole_params(self) -> list[np.ndarray]:
+        return self._whole._whole_params
+
+    def _own_part(self, arrays: list[Any]) -> list[Any]:
+        params = self._whole_params
+        parts: list[Any] = [None] * len(arrays)
+        for flat in self._flats:
+            for i in flat.places:
+                if arrays[i] is not None:
+                    parts[i] = _flattened(arrays[i], params[i])[flat.cut(i)[0]]
+        return parts
+
+    def _collect(self, parts: Sequence[np.ndarray], into: list[np.ndarray]) -> list[np.ndarray]:
+        """Write every rank's parts of arrays into whole ones, laid out as the parameters are."""
+        for flat in self._flats:
+            for i in flat.places:
+                flat.shard[flat.cut(i)[1]] = parts[i]
+            self.comm.Allgather(MPI.IN_PLACE, flat.whole)
+            for i, place in flat.places.items():
+                _flattened(into[i], into[i])[...] = flat.whole[place]
+        return into
+
+    def _collected(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self._collect(parts, [np.empty_like(p, subok=False) for p in self._whole_params])
+
+    def _snapshot(self) -> list[tuple[Any, Any, bool]]:
+        def check() -> tuple[list[tuple[Any, Any, bool]], list[str]]:
+            state = super(ShardedSGD, self)._snapshot()
+            return state, [f"step {self.step_count}", *(
+                f"{'no ' if array is None else ''}{what}"
+                for what, array in zip(("velocity", "average"), state[0], strict=False)
+            )]
+
+        velocities, averages, first_steps = zip(*_agree(self.comm, check), strict=True)
+        none = [None] * len(first_steps)
+        return list(zip(
+            none if velocities[0] is None else self._collected(velocities),
+            none if averages[0] is None else self._collected(averages),
+            first_steps,
+            strict=True,
+        ))
+
+    @property
+    def ema(self) -> Any:
+        """Copies of the averages, in the structure of `params`; None where none are kept.
+
+        Collective.
+        """
+        averages = [average for _, average, _ in self._snapshot()]
+        return None if averages[0] is None else self._structured(averages)
+
+    def accumulate(self, grads: Any) -> None:
+        """Add gradients into this rank's bound ones, as `optcore.SGD.accumulate`."""
+        self._whole.accumulate(grads)
+
+    def zero_grad(self) -> None:
+        """Set this rank's bound gradients to zero, as `optcore.SGD.zero_grad`."""
+        self._whole.zero_grad()
+
+    def _reduce(self) -> None:
+        for flat, sums in zip(self._flats, self._sums, strict=True):
+            self.comm.Reduce_scatter_block(flat.whole, sums)
+
+    def _share_params(self) -> None:
+        params = self._whole_params
+        self._collect(self._own_part(params), params)

@@ -1,0 +1,514 @@
+"""optcore.mpi on 1 to 4 ranks.
+
+The scenarios are functions of the communicator, run by this file as a program on every rank, all
+in one launch for each number of ranks; the tests look up how they went. Gradients are small
+multiples of a power of two, whose sums are exact in any order, so that the bits of a step can
+be compared with those of one process whatever order MPI adds in.
+"""
+from __future__ import annotations
+
+import copy
+import faulthandler
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optcore
+from mpiexec import find_mpiexec, run_ranks
+from reference import RULES, same_bits
+
+RANKS = [1, 2, 3, 4]
+SHAPES = [(33, 5), (), (7,), (0,), (300, 3)]
+CLASSES = ["DataParallelSGD", "ShardedSGD"]
+SCENARIOS = {}
+
+
+def scenario(function):
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def classes():
+    from optcore import mpi
+
+    return [getattr(mpi, name) for name in CLASSES]
+
+
+def model(seed=0):
+    """Parameters of both dtypes and orders, 0-d and empty ones among them."""
+    rng = np.random.default_rng(seed)
+    params = [np.array(rng.standard_normal(shape), dtype)
+              for dtype in (np.float32, np.float64) for shape in SHAPES]
+    return [*params, np.asfortranarray(rng.standard_normal((4, 6)))]
+
+
+def gradients(step, rank, exact=True):
+    rng = np.random.default_rng((step, rank))
+    made = model()
+    for g in made:
+        g[...] = rng.integers(-64, 65, g.shape) / 64 if exact else rng.standard_normal(g.shape)
+    return made
+
+
+def copies(arrays):
+    return [a.copy(order="K") for a in arrays]
+
+
+def digest(arrays):
+    total = hashlib.sha256()
+    for a in arrays:
+        total.update(np.ascontiguousarray(a).tobytes())
+    return total.hexdigest()
+
+
+def assert_ranks_agree(comm, arrays):
+    assert len(set(comm.allgather(digest(arrays)))) == 1, "ranks differ"
+
+
+def assert_same(arrays, others):
+    for a, b in zip(arrays, others, strict=True):
+        assert same_bits(a, b)
+
+
+def assert_all_raise(comm, error, words, call, *arguments, **options):
+    """The call raises on every rank; return this rank's message."""
+    try:
+        call(*arguments, **options)
+    except error as raised:
+        message = str(raised)
+    else:
+        message = ""
+    messages = comm.allgather(message)
+    assert all(words in each for each in messages), messages
+    return message
+
+
+def grouped(params, **options):
+    """Two groups with names, whose options differ."""
+    half = len(params) // 2
+    names = [f"p{i}" for i in range(len(params))]
+    return [
+        {"params": dict(zip(names[:half], params[:half], strict=True)), **options},
+        {"params": dict(zip(names[half:], params[half:], strict=True)), **options,
+         "weight_decay": 0.125, "maximize": True},
+    ]
+
+
+def named(arrays):
+    return {f"p{i}": a for i, a in enumerate(arrays)}
+
+
+OPTION_SETS = [
+    {},
+    {"max_norm": 0.5, "track_grad_norm": True},
+    {"clip_value": 0.25, "skip_nonfinite": True},
+    {"ema_decay": 0.75, "weight_decay": 0.1, "decoupled_weight_decay": True},
+]
+
+
+@scenario
+def same_bits_as_one_process(comm):
+    """Every rule, convention and option; groups, names, late first steps."""
+    for cls, rule, options in itertools.product(classes(), RULES, OPTION_SETS):
+        options = {**options, **rule.sgd_options, "momentum": 0.9 if rule.has_velocity else 0.0,
+                   "dampening": 0.25 if rule.has_dampening else 0.0}
+        ours, theirs = model(), model()
+        opt = cls(grouped(ours), comm, lr=0.1, **options)
+        one = optcore.SGD(grouped(theirs), lr=0.1, **options)
+        for k in range(3):
+            sets = [named(gradients(k, rank)) for rank in range(comm.size)]
+            for grads in sets:
+                grads[f"p{k}"] = None
+            mine = sets[comm.rank]
+            kept = copy.deepcopy(sets)
+            assert opt.step(mine, grad_scale=0.5, zero_grad=True)
+            assert not any(g.any() for g in mine.values() if g is not None)
+            one.step_replicas(kept, grad_scale=0.5)
+            assert opt.grad_norm == one.grad_norm
+            assert_ranks_agree(comm, ours)
+            assert_same(ours, theirs)
+        if "ema_decay" in options:
+            assert_same(opt.ema.values(), one.ema.values())
+        state, other = opt.state_dict(), one.state_dict()
+        for a, b in zip(state.pop("state").values(), other.pop("state").values(), strict=True):
+            assert a["first_step"] == b["first_step"]
+            assert (a["velocity"] is None) == (b["velocity"] is None)
+            assert a["velocity"] is None or same_bits(a["velocity"], b["velocity"])
+        assert state == other
+
+
+@scenario
+def any_gradients_are_close_and_alike(comm):
+    for cls in classes():
+        ours, theirs = model(), model()
+        opt = cls(ours, comm, lr=0.1, momentum=0.9, nesterov=True, max_norm=1.0)
+        one = optcore.SGD(theirs, lr=0.1, momentum=0.9, nesterov=True, max_norm=1.0)
+        for k in range(5):
+            opt.step(gradients(k, comm.rank, exact=False))
+            one.step_replicas([gradients(k, rank, exact=False) for rank in range(comm.size)])
+            assert_ranks_agree(comm, [*ours, np.float64(opt.grad_norm)])
+            if comm.size <= 2 and cls.__name__ == "DataParallelSGD":
+                assert_same(ours, theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@scenario
+def structures(comm):
+    x = np.arange(100, dtype=np.float32)
+    for cls in classes():
+        single, mapped = x.copy(), {"w": x.copy()}
+        one = cls(single, comm, lr=0.5, momentum=0.5, ema_decay=0.5)
+        two = cls(mapped, comm, lr=0.5, momentum=0.5, ema_decay=0.5)
+        one.step(np.ones_like(x))
+        two.step({"w": np.ones_like(x)})
+        assert same_bits(single, x - np.float32(0.5))
+        assert same_bits(mapped["w"], single)
+        assert same_bits(one.ema, two.ema["w"])
+
+
+@scenario
+def parameters_start_as_on_rank_0(comm):
+    for cls in classes():
+        params = model(seed=comm.rank)
+        opt = cls(params, comm, lr=0.1, ema_decay=0.5)
+        assert_same(params, model(seed=0))
+        assert_same(opt.ema, params)
+
+
+@scenario
+def a_step_is_skipped_by_all(comm):
+    for cls in classes():
+        params = model()
+        opt = cls(named(params), comm, lr=0.1, momentum=0.9, skip_nonfinite=True)
+        grads = named(gradients(0, comm.rank))
+        assert opt.step(grads)
+        before, state = copies(params), opt.state_dict()
+        if comm.rank == comm.size - 1:
+            grads["p4"][-1, 0] = np.nan
+            grads["p10"][0, 0] = np.inf
+        assert opt.step(grads, zero_grad=True) is False
+        assert not any(g.any() for g in grads.values())
+        assert opt.nonfinite_params == ["p4", "p10"]
+        assert (opt.step_count, opt.skipped) == (1, 1)
+        assert_same(params, before)
+        for a, b in zip(opt.state_dict()["state"].values(), state["state"].values(), strict=True):
+            assert same_bits(a["velocity"], b["velocity"])
+        assert opt.step(named(gradients(1, comm.rank)))
+        assert_ranks_agree(comm, params)
+
+
+@scenario
+def norm_beyond_the_range_of_squares(comm):
+    for cls, size in itertools.product(classes(), [1e-200, 1e200]):
+        x = np.zeros(10_000)
+        opt = cls(x, comm, lr=0.1, max_norm=1.0)
+        opt.step(np.full_like(x, size))
+        np.testing.assert_allclose(opt.grad_norm, 100 * size, rtol=1e-12)
+
+
+@scenario
+def refusals_of_one_rank_reach_all(comm):
+    """One rank's gradients, scale or schedule is refused: all raise, nothing changes."""
+    last = comm.rank == comm.size - 1
+
+    def lr(step):
+        return -1.0 if last and step else 0.1
+
+    for cls in classes():
+        params = model()
+        opt = cls(params, comm, lr=0.1, momentum=0.9)
+        opt.step(gradients(0, comm.rank))
+        before = copies(params)
+        wrong = gradients(1, comm.rank)
+        if last:
+            wrong[2] = np.ones(8, np.float32)
+        message = assert_all_raise(comm, ValueError, "grads[2] has shape (8,)", opt.step, wrong)
+        assert last or f"refused on rank {comm.size - 1}: " in message
+        wrong[2] = np.ones(7, np.float64 if last else np.float32)
+        assert_all_raise(comm, TypeError, "grads[2] has dtype float64", opt.step, wrong)
+        assert_all_raise(comm, TypeError, "grads must be given", opt.step,
+                         *(() if last else (gradients(1, comm.rank),)))
+        assert_all_raise(comm, ValueError, "grad_scale must be", opt.step,
+                         gradients(1, comm.rank), grad_scale=-1.0 if last else 1.0)
+        assert_same(params, before)
+        assert opt.step_count == 1
+        opt.step(gradients(1, comm.rank))
+        assert_ranks_agree(comm, params)
+        scheduled = cls(model(), comm, lr=lr)
+        scheduled.step(gradients(0, comm.rank))
+        assert_all_raise(comm, ValueError, "lr(step_count) must be", scheduled.step,
+                         gradients(0, comm.rank))
+
+
+@scenario
+def disagreements_raise_on_all(comm):
+    if comm.size == 1:
+        return
+    odd = comm.rank == 1
+    for cls in classes():
+        params = model()
+        opt = cls(params, comm, lr=0.1, momentum=0.9)
+        before = copies(params)
+        grads = gradients(0, comm.rank)
+        some = [None if odd and i == 3 else g for i, g in enumerate(grads)]
+        assert_all_raise(comm, ValueError, "grads that are None at [3] on rank 1", opt.step, some)
+        assert_all_raise(comm, ValueError, "grad_scale=2.0 on rank 1", opt.step, grads,
+                         grad_scale=2.0 if odd else 1.0)
+        opt.param_groups[0]["lr"] = 0.2 if odd else 0.1
+        assert_all_raise(comm, ValueError, "lr=0.2 on rank 1", opt.step, grads)
+        opt.param_groups[0]["lr"] = 0.1
+        opt.max_norm = 1.0 if odd else None
+        assert_all_raise(comm, ValueError, "max_norm=1.0 on rank 1", opt.step, grads)
+        opt.max_norm = None
+        state = opt.state_dict()
+        state["step_count"] = int(odd)
+        assert_all_raise(comm, ValueError, "ranks must agree", opt.load_state_dict, state)
+        assert_same(params, before)
+        assert opt.step_count == 0
+        opt.step(grads)
+        assert_ranks_agree(comm, params)
+
+
+@scenario
+def builds_that_differ_raise_on_all(comm):
+    if comm.size == 1:
+        return
+    odd = comm.rank == comm.size - 1
+    x = np.ones((3, 4), np.float32)
+    cases = [
+        ({"w": np.ones((4, 4), np.float32)}, {}, ValueError, "params[0] ('w') of float32 (4, 4)"),
+        ({"w": np.ones((3, 4))}, {}, ValueError, "params[0] ('w') of float64"),
+        ({"w": np.asfortranarray(x)}, {}, ValueError, "Fortran order"),
+        ({"v": x.copy()}, {}, ValueError, "params[0] ('v')"),
+        ({"w": x.copy(), "b": x.copy()}, {}, ValueError, "params[1] ('b')"),
+        ({"w": x.copy()}, {"lr": 0.2}, ValueError, "lr=0.2"),
+        ({"w": x.copy()}, {"lr": lambda step: 0.1}, ValueError, "a schedule"),
+        ({"w": x.copy()}, {"skip_nonfinite": True}, ValueError, "skip_nonfinite=True"),
+        ({"w": x.copy()}, {"momentum": 2.0}, ValueError, "momentum must be"),
+        ({"w": x[:, ::2]}, {}, ValueError, "params[0] ('w')"),
+        ({"w": x.astype(int)}, {}, TypeError, "params[0] ('w')"),
+    ]
+    for cls, (params, options, error, words) in itertools.product(classes(), cases):
+        given = params if odd else {"w": x.copy()}
+        before = copies(given.values())
+        assert_all_raise(comm, error, words, cls, given, comm,
+                         **{"lr": 0.1, **(options if odd else {})})
+        assert_same(given.values(), before)
+
+
+@scenario
+def gradients_are_accumulated_where_they_are_bound(comm):
+    for cls in classes():
+        ours, theirs = model(), model()
+        grads = gradients(0, comm.rank)
+        opt = cls(ours, comm, lr=0.1, momentum=0.9, grads=grads)
+        opt.accumulate(gradients(1, comm.rank))
+        opt.step(grad_scale=0.5, zero_grad=True)
+        assert not any(g.any() for g in grads)
+        one = optcore.SGD(theirs, lr=0.1, momentum=0.9)
+        sets = [[a + b for a, b in zip(gradients(0, rank), gradients(1, rank), strict=True)]
+                for rank in range(comm.size)]
+        one.step_replicas([[np.asarray(g, order="F" if p.flags.fnc else "C")
+                            for g, p in zip(each, theirs, strict=True)] for each in sets],
+                          grad_scale=0.5)
+        assert_same(ours, theirs)
+
+
+@scenario
+def schedules_and_options_edited_between_steps(comm):
+    for cls in classes():
+        ours, theirs = model(), model()
+        options = {"lr": lambda step: 0.5 / (1 + step), "ema_decay": lambda step: 0.5}
+        opt = cls(ours, comm, **options)
+        one = optcore.SGD(theirs, **options)
+        for k, edit in enumerate([{}, {"momentum": 0.5}, {"lr": 0.25}, {"weight_decay": 0.5}]):
+            for each in (opt, one):
+                each.param_groups[0].update(edit)
+            opt.step(gradients(k, comm.rank))
+            one.step_replicas([gradients(k, rank) for rank in range(comm.size)])
+            assert_same(ours, theirs)
+        assert_same(opt.ema, one.ema)
+
+
+@scenario
+def memory_is_shared_out(comm):
+    x = np.zeros(10_000, np.float32)
+    whole = 2 * x.nbytes
+    sizes = {}
+    for cls in classes():
+        opt = cls(x.copy(), comm, lr=0.1, momentum=0.9, ema_decay=0.9)
+        sizes[cls.__name__] = comm.allgather(opt.state_nbytes)
+    assert sizes["DataParallelSGD"] == [whole] * comm.size
+    assert sum(sizes["ShardedSGD"]) == whole
+    assert max(sizes["ShardedSGD"]) <= whole / comm.size + 2 * 64
+
+
+@scenario
+def what_has_no_meaning_is_refused(comm):
+    for cls in classes():
+        opt = cls(model(), comm, lr=0.1)
+        for call, error in [(lambda: opt.step_replicas([model()]), NotImplementedError),  # noqa: B023
+                            (lambda: cls(model(), None, lr=0.1), TypeError),    # noqa: B023
+                            (lambda: cls.load("none", model()), TypeError)]:    # noqa: B023
+            with pytest.raises(error):
+                call()
+
+
+@scenario
+def checkpoints_fail_on_all(comm):
+    pytest.importorskip("safetensors")
+    folder = Path(comm.bcast(os.environ["OPTCORE_TEST_FOLDER"]))
+    for cls in classes():
+        opt = cls(model(), comm, lr=0.1)
+        path = folder / "damaged"
+        path.write_text("damaged")
+        comm.Barrier()
+        assert_all_raise(comm, optcore.CheckpointError, "not a whole", opt.restore, path)
+        assert_all_raise(comm, FileNotFoundError, "none", opt.restore, folder / "none")
+        assert_all_raise(comm, Exception, "none", opt.save, folder / "none" / "path")
+
+
+def trained(cls, comm, n_steps, params, opt=None):
+    if opt is None:
+        opt = cls(grouped(params, momentum=0.9, dampening=0.25), comm, lr=0.1, max_norm=0.5,
+                  ema_decay=0.75)
+    for k in range(opt.step_count, n_steps):
+        # rank 0's gradients alone, scaled so that the mean has their bits for any number of ranks
+        grads = gradients(k, 0)
+        for g in grads:
+            g *= comm.rank == 0
+        opt.step({**named(grads), **({"p4": None} if k < 2 else {})}, grad_scale=comm.size)
+    return opt
+
+
+def save_for_others(comm, folder):
+    for cls in classes():
+        trained(cls, comm, 3, model()).save(Path(folder, cls.__name__), include_params=True)
+
+
+def resume(comm, folder):
+    """Go on from either class's checkpoint in either class, as a run that never stopped."""
+    expected = model()
+    reference = trained(classes()[0], comm, 6, expected)
+    for saved, cls in itertools.product(CLASSES, classes()):
+        params = model(seed=1)
+        path = Path(folder, saved)
+        opt = cls.load(path, grouped(params), comm=comm)
+        assert opt.step_count == 3
+        trained(cls, comm, 6, params, opt)
+        assert_ranks_agree(comm, params)
+        assert_same(params, expected)
+        assert_same(opt.ema.values(), reference.ema.values())
+        restored = model(seed=2)
+        opt = trained(cls, comm, 1, restored)
+        opt.restore(path)
+        trained(cls, comm, 6, restored, opt)
+        assert_same(restored, expected)
+    if comm.rank == 0:
+        params = model(seed=1)
+        opt = optcore.SGD.load(Path(folder, "ShardedSGD"), grouped(params))
+        for k in range(3, 6):
+            opt.step(named(gradients(k, 0)))
+        assert_same(params, expected)
+
+
+def main(arguments):
+    from mpi4py import MPI
+
+    faulthandler.dump_traceback_later(60, exit=True)    # a rank left behind would wait for ever
+    comm = MPI.COMM_WORLD
+    optcore.set_num_threads(1)
+    if arguments:
+        {"save": save_for_others, "resume": resume}[arguments[0]](comm, arguments[1])
+        return
+    for name, function in SCENARIOS.items():
+        try:
+            function(comm)
+            failure = None
+        except Exception:
+            failure = traceback.format_exc()
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(comm.gather(failure) or ())
+                    if text]
+        if comm.rank == 0:
+            print(json.dumps([name, failures]), flush=True)
+
+
+# The tests
+
+def require_mpi():
+    missing = [name for name, there in [
+        ("mpi4py", importlib.util.find_spec("mpi4py")), ("mpiexec", find_mpiexec()),
+    ] if not there]
+    if missing and os.environ.get("OPTCORE_REQUIRE_MPI") == "1":
+        pytest.fail(f"OPTCORE_REQUIRE_MPI=1, but there is no {' and no '.join(missing)}")
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
+
+
+@functools.cache
+def launched(n, folder):
+    """Run all scenarios on `n` ranks; return each one's failures, and what was printed."""
+    os.environ["OPTCORE_TEST_FOLDER"] = str(folder)
+    try:
+        done = run_ranks(n, __file__, timeout=90)
+        output, errors = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        output, errors = (part.decode() if isinstance(part, bytes) else part or ""
+                          for part in (late.stdout, late.stderr))
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+    return dict(lines), output + errors
+
+
+@pytest.fixture(scope="session")
+def mpi_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("mpi")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("n", RANKS)
+def test_scenario(n, name, mpi_folder):
+    require_mpi()
+    results, output = launched(n, mpi_folder)
+    assert name in results, f"never finished:\n{output}"
+    assert not results[name], "\n".join(results[name])
+
+
+def test_a_checkpoint_of_four_ranks_goes_on_with_others(tmp_path):
+    require_mpi()
+    pytest.importorskip("safetensors")
+    for n, what in [(4, "save"), (2, "resume"), (1, "resume"), (3, "resume")]:
+        done = run_ranks(n, __file__, what, tmp_path, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_missing_mpi4py_is_named():
+    code = "import sys; sys.modules['mpi4py'] = None; import optcore.mpi"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=False)
+    assert "ImportError: optcore.mpi needs mpi4py" in done.stderr
+    assert "pip install 'optcore[mpi]'" in done.stderr
+
+
+def test_example_trains_as_one_process_does():
+    require_mpi()
+    for module in ("matplotlib", "rich"):
+        pytest.importorskip(module)
+    example = Path(__file__).parents[1] / "examples" / "digits_mpi.py"
+    done = run_ranks(2, example, "--epochs", 3, "--hidden", 64, "--least-accuracy", 0.8,
+                     timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
