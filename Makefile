@@ -32,7 +32,7 @@ test: $(VENVS)/$(TEST_ENV)/.installed
 
 lint: $(VENVS)/lint/.installed
 	$(VENVS)/lint/bin/ruff check .
-	PATH="$(abspath $(VENVS)/lint/bin):$$PATH" cython-lint optcore python/optcore
+	PATH="$(abspath $(VENVS)/lint/bin):$$PATH" cython-lint optcore python/optcore examples tests/embedding
 
 gallery: $(VENVS)/gallery/.installed
 	$(VENVS)/gallery/bin/python examples/lecture/build.py --out build/gallery
