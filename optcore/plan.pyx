@@ -1114,9 +1114,9 @@ cdef class Plan:
 
     def _restore(
         self, list groups, velocities, averages, first_steps, Py_ssize_t step_count,
-        Py_ssize_t skipped, dict options
+        Py_ssize_t skipped, dict options=None
     ):
-        """Take over a checked state; None where a velocity or average stays as it is."""
+        """Take over a checked state; None where a velocity, average or the options stay."""
         cdef Py_ssize_t i
         self._begin()
         try:
@@ -1127,11 +1127,14 @@ cdef class Plan:
             )
             self.param_groups = groups
             try:
-                self.max_norm = options["max_norm"]     # reads the groups
-                self.skip_nonfinite = options["skip_nonfinite"]
-                self.track_grad_norm = options["track_grad_norm"]
-                if options["ema_decay"] is not None:
-                    self._set_ema_decay(options["ema_decay"])
+                if options is None:
+                    self._read_groups()
+                else:
+                    self.max_norm = options["max_norm"]     # reads the groups
+                    self.skip_nonfinite = options["skip_nonfinite"]
+                    self.track_grad_norm = options["track_grad_norm"]
+                    if options["ema_decay"] is not None:
+                        self._set_ema_decay(options["ema_decay"])
                 if any([v is not None for v in velocities]) and self._velocities is None:
                     self._allocate_velocities()
                 self._start_velocities()

@@ -18,10 +18,10 @@ import numpy as np
 
 try:
     from mpi4py import MPI
-except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
+except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without an MPI library
     raise ImportError(
         "optcore.mpi needs mpi4py and an MPI library: pip install 'optcore[mpi]'"
-    ) from error
+    ) from _missing
 
 from optcore import checkpoint
 from optcore._arena import LINE

@@ -78,7 +78,7 @@ class Plan:
         first_steps: Sequence[bool],
         step_count: int,
         skipped: int,
-        options: dict[str, Any],
+        options: dict[str, Any] | None = None,
     ) -> None: ...
 
 def checked_lr(value: object, name: str) -> float: ...
