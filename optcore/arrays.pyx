@@ -57,13 +57,13 @@ cdef bint is_tensor(object source):
 
 def is_array(source):
     """Whether the border can take it for one array: NumPy's, or a lender of its memory."""
-    if isinstance(source, (np.generic, type)):  # a scalar lends a copy; a class, nothing
+    if isinstance(source, np.generic):      # lends a copy
         return False
     return (
-        isinstance(source, np.ndarray)
+        PyArray_Check(source)
         or is_tensor(source)
         or PyObject_CheckBuffer(source)
-        or hasattr(source, "__dlpack__")
+        or hasattr(type(source), "__dlpack__")
     )
 
 

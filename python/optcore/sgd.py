@@ -26,7 +26,8 @@ def _named_arrays(params: Any, what: str) -> tuple[tuple[Any, ...], tuple[Any, .
         return tuple(params.values()), tuple(params)
     if is_array(params):
         return (params,), None
-    if isinstance(params, Iterable) and not isinstance(params, (str, set, frozenset)):
+    # by its type: isinstance would believe a proxy's __class__
+    if issubclass(type(params), Iterable) and not isinstance(params, (str, set, frozenset)):
         return tuple(params), None
     raise TypeError(
         f"{what} must be an array, a sequence or a mapping of arrays, or a list of group "
