@@ -504,7 +504,7 @@ def test_impostors_are_no_arrays():
         def __class__(self):
             return np.ndarray
 
-    with pytest.raises(TypeError, match="grad must be an array"):
+    with pytest.raises(TypeError, match="grad must be a NumPy array"):
         optcore.sgd_step(good(), Impostor(), lr=0.1)
     with pytest.raises(TypeError, match="params must be"):
         optcore.SGD(Impostor(), lr=0.1)
