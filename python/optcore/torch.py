@@ -333,13 +333,10 @@ class SGD(torch.optim.Optimizer):
         self._params = [(param, order) for param, order, _ in owners]
         if not owners:
             return
-        options = {
-            "max_norm": self.max_norm,
-            "skip_nonfinite": self.skip_nonfinite,
-            "track_grad_norm": False,
-            "ema_decay": self.ema_decay,
-        }
-        plan = optcore.SGD(groups, **options)
+        plan = optcore.SGD(
+            groups, max_norm=self.max_norm, skip_nonfinite=self.skip_nonfinite,
+            ema_decay=self.ema_decay,
+        )
         arrays = [array for group in plan.param_groups for array in group["params"]]
         velocities, averages = [], []
         for i, ((param, order, group), array) in enumerate(zip(owners, arrays, strict=True)):
@@ -356,7 +353,7 @@ class SGD(torch.optim.Optimizer):
                 _saved(entry, "ema", order, array, i) if self.ema_decay is not None else None
             )
         plan._restore(
-            plan.param_groups, velocities, averages, [v is None for v in velocities], 0, 0, options
+            plan.param_groups, velocities, averages, [v is None for v in velocities], 0, 0
         )
         self._waiting = list(enumerate(owners))
         if self.ema_decay is not None:
