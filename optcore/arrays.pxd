@@ -1,5 +1,5 @@
 """The border: a Python object becomes a checked array, or an error that names it."""
-from numpy cimport ndarray
+from numpy cimport PyArray_DIM, PyArray_NDIM, ndarray
 
 from optcore.sweep cimport Dtype
 
@@ -13,6 +13,16 @@ cdef struct Span:               # the memory of one array
     const char *begin
     const char *end
     Py_ssize_t owner
+
+
+cdef inline Py_ssize_t size_of(ndarray array) noexcept:
+    """PyArray_SIZE without its call, for what is asked of every array in every step."""
+    cdef Py_ssize_t size = 1
+    cdef int axis
+    for axis in range(PyArray_NDIM(array)):
+        size *= PyArray_DIM(array, axis)
+    return size
+
 
 cdef str spell(Label label, object keys)
 cdef ndarray check_param(object array, Label label, object keys)

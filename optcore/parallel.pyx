@@ -46,8 +46,13 @@ cdef void sweep_share(
     Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, int share, int shares
 ) noexcept nogil:
     cdef Py_ssize_t size = n_elements // shares
-    cdef Cut begin = cut_at(tensors, n, size * share)
-    cdef Cut end = cut_at(tensors, n, size * (share + 1) if share + 1 < shares else n_elements)
+    cdef Cut begin, end
+    begin.tensor = begin.element = end.element = 0
+    end.tensor = n
+    if share > 0:
+        begin = cut_at(tensors, n, size * share)
+    if share + 1 < shares:
+        end = cut_at(tensors, n, size * (share + 1))
     sweep_between(what, tensors, n, begin, end)
 
 

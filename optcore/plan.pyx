@@ -31,6 +31,7 @@ from optcore.arrays cimport (
     first_overlap,
     is_dtype,
     overlapped_by,
+    size_of,
     sort_spans,
     span_of,
     spell,
@@ -716,7 +717,7 @@ cdef class Plan:
         cdef ndarray a = <ndarray>PyTuple_GET_ITEM(arrays, i)
         if (
             PyArray_DATA(a) != data
-            or PyArray_SIZE(a) != self._tensors[i].size
+            or size_of(a) != self._tensors[i].size
             or not is_dtype(a, self._tensors[i].dtype)
             or not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE)
             or not PyArray_FLAGS(a) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS)
