@@ -101,7 +101,8 @@ def from_ctypes(name, rule, x, g, v, o):
     pointers = [
         a.ctypes.data_as(kind) for a, kind in zip(arrays, function.argtypes, strict=False)
     ]
-    function(*pointers, x.size, options_array(rule, o).ctypes.data)
+    options = options_array(rule, o)    # must outlive the call: an address keeps nothing alive
+    function(*pointers, x.size, options.ctypes.data)
 
 
 def numba_steps():
