@@ -14,7 +14,7 @@ MODULES = ["runtime", "sweep", "kernels", "options", "arrays", "parallel", "func
 # the bits would depend on the CPU. MSVC's /fp:precise does the same for its baseline.
 FLAGS = {
     "msvc": ["/O2", "/fp:precise"],
-    "unix": ["-O3", "-ffp-contract=off"],
+    "unix": ["-O3", "-ffp-contract=off", "-funroll-loops"],
 }
 OPENMP_FLAGS = {"msvc": ["/openmp"], "unix": ["-fopenmp"]}
 OPENMP_PROBE = """
