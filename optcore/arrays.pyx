@@ -177,10 +177,6 @@ cdef Dtype dtype_of(ndarray array) noexcept:
     return FLOAT32 if PyArray_TYPE(array) == NPY_FLOAT else FLOAT64
 
 
-cdef bint is_dtype(ndarray array, Dtype dtype) noexcept:
-    return PyArray_TYPE(array) == (NPY_FLOAT if dtype == FLOAT32 else NPY_DOUBLE)
-
-
 # Overlap. Spans are half-open; an empty array overlaps nothing.
 
 cdef Span span_of(ndarray array, Py_ssize_t owner) noexcept:

@@ -16,7 +16,7 @@ from optcore.options cimport (
     default_options,
 )
 from optcore.rules cimport Rule
-from optcore.sweep cimport FLOAT32, FLOAT64, STEP, Dtype, Scalars, Tensor, one_tensor, sweep
+from optcore.sweep cimport FLOAT32, FLOAT64, STEP, Dtype, Scalars, Tensor, one_tensor, sweep_in_use
 
 import ctypes
 
@@ -38,7 +38,7 @@ cdef void step_pointers(
     cdef void *grads = <void *>grad
     cdef Rule rule = choose_rule(family, options, options.first_step)
     cdef Tensor t = one_tensor(param, &grads, velocity, n, dtype, rule, &scalars)
-    sweep(STEP, &t, 0, n)
+    sweep_in_use()(STEP, &t, 0, n)
 
 
 cdef optcore_options defaults() noexcept nogil:

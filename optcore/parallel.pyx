@@ -6,7 +6,7 @@ share k goes to thread k in every step, so that what a core has cached it meets 
 from cython.parallel cimport prange
 
 from optcore.runtime cimport note_threads, own_time, threads_for, wall_time
-from optcore.sweep cimport CHUNK, Sweep, Tensor, sweep
+from optcore.sweep cimport CHUNK, Sweep, Tensor, sweep_in_use, sweep_t
 
 cdef struct Cut:
     Py_ssize_t tensor
@@ -31,6 +31,7 @@ cdef Cut cut_at(const Tensor *tensors, Py_ssize_t n, Py_ssize_t position) noexce
 cdef void sweep_between(
     Sweep what, const Tensor *tensors, Py_ssize_t n, Cut begin, Cut end
 ) noexcept nogil:
+    cdef sweep_t sweep = sweep_in_use()
     cdef const Tensor *t
     cdef Py_ssize_t stop
     while begin.tensor < n and begin.tensor <= end.tensor:

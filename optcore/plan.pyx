@@ -11,12 +11,7 @@ from libc.math cimport INFINITY, isfinite, ldexp, sqrt
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy
 from numpy cimport (
-    NPY_ARRAY_C_CONTIGUOUS,
-    NPY_ARRAY_F_CONTIGUOUS,
-    NPY_ARRAY_WRITEABLE,
-    PyArray_CHKFLAGS,
     PyArray_DATA,
-    PyArray_FLAGS,
     PyArray_SIZE,
     import_array,
     ndarray,
@@ -29,9 +24,8 @@ from optcore.arrays cimport (
     check_param,
     dtype_of,
     first_overlap,
-    is_dtype,
+    is_unmoved,
     overlapped_by,
-    size_of,
     sort_spans,
     span_of,
     spell,
@@ -701,41 +695,44 @@ cdef class Plan:
     cdef Py_ssize_t _take_bound(self) except -1:
         """Point every tensor at its bound gradient."""
         cdef Py_ssize_t i, n_elements = 0
+        cdef const void *data
+        cdef Tensor *t
         for i in range(self._n):
-            self._pointers[i] = <void *>self._slots[i].bound
-            self._tensors[i].grads = &self._pointers[i]
-            self._tensors[i].n_grads = 1
-            if self._pointers[i] != NULL:
-                self._check_place(self._bound, i, self._pointers[i], b"grads")
-                n_elements += self._tensors[i].size
+            t = &self._tensors[i]
+            data = self._slots[i].bound
+            self._pointers[i] = <void *>data
+            t.grads = &self._pointers[i]
+            t.n_grads = 1
+            if data != NULL:
+                if not is_unmoved(
+                    <ndarray>PyTuple_GET_ITEM(self._bound, i), data, t.size, t.dtype
+                ):
+                    self._refuse_moved(self._bound, i, data, b"grads")
+                n_elements += t.size
         return n_elements
-
-    cdef int _check_place(
-        self, tuple arrays, Py_ssize_t i, const void *data, const char *what
-    ) except -1:
-        """Refuse an array whose memory is no longer what was checked when it was given."""
-        cdef ndarray a = <ndarray>PyTuple_GET_ITEM(arrays, i)
-        if (
-            PyArray_DATA(a) != data
-            or size_of(a) != self._tensors[i].size
-            or not is_dtype(a, self._tensors[i].dtype)
-            or not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE)
-            or not PyArray_FLAGS(a) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS)
-        ):
-            raise ValueError(
-                f"{self._spell(what, i)} must stay in its place, {self._tensors[i].size} "
-                f"contiguous, writeable elements at {<size_t>data:#x}; got {a.size} "
-                f"of {a.dtype} with strides {(<object>a).strides}, "
-                f"{'writeable' if a.flags.writeable else 'read-only'}, at {a.ctypes.data:#x}"
-            )
-        return 0
 
     cdef int _check_places(self) except -1:
         """Refuse parameters whose memory moved, before anything is sized or stepped by them."""
         cdef Py_ssize_t i
+        cdef Tensor *t
         for i in range(self._n):
-            self._check_place(self._params, i, self._tensors[i].param, b"params")
+            t = &self._tensors[i]
+            if not is_unmoved(
+                <ndarray>PyTuple_GET_ITEM(self._params, i), t.param, t.size, t.dtype
+            ):
+                self._refuse_moved(self._params, i, t.param, b"params")
         return 0
+
+    cdef int _refuse_moved(
+        self, tuple arrays, Py_ssize_t i, const void *data, const char *what
+    ) except -1:
+        a = arrays[i]
+        raise ValueError(
+            f"{self._spell(what, i)} must stay in its place, {self._tensors[i].size} contiguous, "
+            f"writeable elements at {<size_t>data:#x}; got {a.size} of {a.dtype.str!r} with "
+            f"strides {a.strides}, {'writeable' if a.flags.writeable else 'read-only'}, at "
+            f"{a.ctypes.data:#x}"
+        )
 
     # Stepping
 

@@ -69,6 +69,7 @@ cdef inline Tensor one_tensor(
     return t
 
 
-cdef void sweep(
-    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
-) noexcept nogil
+# One kind of sweep over a range of one tensor
+ctypedef void (*sweep_t)(Sweep, const Tensor *, Py_ssize_t, Py_ssize_t) noexcept nogil
+
+cdef sweep_t sweep_in_use() noexcept nogil

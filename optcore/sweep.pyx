@@ -1,8 +1,8 @@
 """The loops: one for each rule, compiled for each dtype and SIMD level.
 
-`sweep` runs one kind of sweep over a range of one tensor, at the SIMD level in use. Beneath
-it everything is inlined into one function per level, so that each level's compiler flags
-reach every loop and each constant argument becomes code.
+`sweep_in_use` gives the function that runs one kind of sweep over a range of one tensor, at the
+SIMD level in use. Beneath it everything is inlined into one function per level, so that each
+level's compiler flags reach every loop and each constant argument becomes code.
 
 Options come in three places. What is neutral for free (scale, maximize, decoupled decay,
 dampening) is always in the rule's loop; coupled decay has a loop of its own, for no value of
@@ -226,6 +226,13 @@ cdef inline inlined add_squares(
         lanes[lane] = acc[lane]
 
 
+cdef inline inlined fold(double *lanes, const int half) noexcept nogil:
+    """Add the upper half of the lanes to the lower; a constant `half` leaves no loop."""
+    cdef int lane
+    for lane in range(half):
+        lanes[lane] += lanes[lane + half]
+
+
 cdef inline Py_ssize_t count_nonfinite(
     const Tensor *t, Py_ssize_t begin, Py_ssize_t end, storage tag, real arithmetic
 ) noexcept nogil:
@@ -248,7 +255,6 @@ cdef inline inlined squares(
     cdef Py_ssize_t block = BLOCK if staged else CHUNK
     cdef Py_ssize_t i, n, stop
     cdef Partial *partial
-    cdef int lane, half
     while begin < end:
         stop = min(begin + CHUNK, end)
         partial = &t.partials[begin // CHUNK]
@@ -262,11 +268,10 @@ cdef inline inlined squares(
             else:
                 add_squares(lanes, <const real *>t.grads[0] + i, n, t.unit)
             i += n
-        half = LANES // 2
-        while half:
-            for lane in range(half):
-                lanes[lane] += lanes[lane + half]
-            half //= 2
+        fold(lanes, 8)
+        fold(lanes, 4)
+        fold(lanes, 2)
+        fold(lanes, 1)
         partial.squares = lanes[0]
         partial.nonfinite = 0
         if not isfinite(lanes[0]):
@@ -315,14 +320,11 @@ cdef avx512 sweep_avx512(
     run_dtype(what, t, begin, end)
 
 
-ctypedef void (*sweep_t)(Sweep, const Tensor *, Py_ssize_t, Py_ssize_t) noexcept nogil
-
 cdef sweep_t[N_SIMD_LEVELS] SWEEPS = [
     <sweep_t>sweep_baseline, <sweep_t>sweep_avx2, <sweep_t>sweep_avx512
 ]
 
 
-cdef void sweep(
-    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
-) noexcept nogil:
-    SWEEPS[simd_level()](what, t, begin, end)
+cdef sweep_t sweep_in_use() noexcept nogil:
+    """The sweep at the SIMD level in use."""
+    return SWEEPS[simd_level()]
