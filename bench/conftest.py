@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import optcore
 # One round of a fast step lasts at least this long; the clock and the loop around it cost
 # some 50 ns a round and a call.
 ROUND_SECONDS = 200e-6
+# A new array's pages arrive with its first step, which takes many times as long as the others.
+WARM_UP_SECONDS = 20e-3
 
 
 def pytest_addoption(parser):
@@ -37,6 +40,14 @@ def checked(case):
     return set()
 
 
+def warm_up(step):
+    """Step until memory is there and caches hold what they can: a trainer's step is never cold."""
+    end = time.perf_counter() + WARM_UP_SECONDS
+    step()
+    while time.perf_counter() < end:
+        step()
+
+
 @pytest.fixture
 def measure(benchmark, request):
     """Check a contender against the reference, then time it: ``measure(case, repeat, it)``."""
@@ -51,6 +62,7 @@ def measure(benchmark, request):
             if verify and contender.name not in checked(case):
                 arrays.check(it, exact=contender.exact)
                 checked(case).add(contender.name)
+            warm_up(it.step)
             benchmark(it.step)
         benchmark.extra_info.update(
             vars(case), repeat=repeat, contender=contender.name, calls=it.calls,
