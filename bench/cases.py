@@ -39,6 +39,13 @@ def shapes_of(workload: str) -> list[tuple[int, ...]]:
     return MODELS[workload] if workload in MODELS else [(int(float(workload)),)]
 
 
+# Where malloc puts a block: from so many bytes on (glibc's M_MMAP_THRESHOLD) in pages of its
+# own, behind a header.
+MAPPED_BYTES = 128 << 10
+PAGE = 4096
+BLOCK_HEADER = 16
+
+
 @dataclass(frozen=True)
 class Case:
     """One group of measurements that may be compared with each other."""
@@ -89,7 +96,7 @@ class Run:
 
 
 class Arrays:
-    """Parameters and gradients of a case, where NumPy's own allocator puts them."""
+    """Parameters and gradients of a case, where a fresh process has them."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -98,16 +105,16 @@ class Arrays:
         self._pattern = {
             name: rng.standard_normal(PERIOD).astype(case.dtype) for name in ("x", "g")
         }
-        self.x = [np.empty(shape, case.dtype) for shape in shapes]
-        self.g = [np.empty(shape, case.dtype) for shape in shapes]
+        self.x = [fresh_empty(shape, case.dtype) for shape in shapes]
+        self.g = [fresh_empty(shape, case.dtype) for shape in shapes]
 
     def zeros(self) -> list[np.ndarray]:
         """Return arrays for a velocity, as a user allocates them."""
-        return [np.zeros_like(x) for x in self.x]
+        return [_filled(0, x) for x in self.x]
 
     def copies(self) -> list[np.ndarray]:
         """Return arrays for an average, which starts from the parameters."""
-        return [x.copy() for x in self.x]
+        return [_filled(x, x) for x in self.x]
 
     def reset(self) -> None:
         """Return to the state before the first step."""
@@ -158,6 +165,27 @@ class Arrays:
             for i, result in enumerate(results):
                 same = _compare(np.asarray(result).reshape(-1), period, exact)
                 assert same, f"tensor {i} is not what the reference has"
+
+
+def fresh_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return what np.empty does in a fresh process.
+
+    glibc maps large blocks one by one, and NumPy's data begins 16 bytes into a page. In a
+    process that has freed as many as a benchmark's has, a block may come from the heap
+    instead and lie on a cache line by chance, which decides a fifth of some times.
+    """
+    n_bytes = prod(shape) * np.dtype(dtype).itemsize
+    if n_bytes < MAPPED_BYTES:
+        return np.empty(shape, dtype)
+    memory = np.empty(n_bytes + PAGE, np.uint8)
+    start = (BLOCK_HEADER - memory.ctypes.data) % PAGE
+    return memory[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def _filled(value: Any, like: np.ndarray) -> np.ndarray:
+    array = fresh_empty(like.shape, like.dtype)
+    array[...] = value
+    return array
 
 
 def _norm(period: np.ndarray, sizes: list[int]) -> float:

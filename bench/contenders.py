@@ -17,6 +17,7 @@ from cases import (
     Arrays,
     Case,
     Run,
+    fresh_empty,
 )
 from shapes import MODELS
 
@@ -180,7 +181,7 @@ def build_literal(case: Case, arrays: Arrays) -> Run:
 
 
 def build_out(case: Case, arrays: Arrays) -> Run:
-    scratch = np.empty(max(x.size for x in arrays.x), case.dtype)
+    scratch = fresh_empty((max(x.size for x in arrays.x),), case.dtype)
     columns = [arrays.x, arrays.g]
     if case.rule.has_velocity:
         columns.append(arrays.zeros())
@@ -206,7 +207,7 @@ def build_function(case: Case, arrays: Arrays) -> Run:
     (x,), (g,) = arrays.x, arrays.g
     entry = partial(case.rule.entry, x, g, lr=LR)
     if case.rule.has_velocity:
-        entry = partial(entry, np.zeros_like(x), momentum=MOMENTUM)
+        entry = partial(entry, *arrays.zeros(), momentum=MOMENTUM)
     if case.rule.lr_in_velocity:
         entry = partial(entry, lr_in_velocity=True)
     return Run(entry, lambda: [x])
