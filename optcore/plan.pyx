@@ -729,7 +729,7 @@ cdef class Plan:
         a = arrays[i]
         raise ValueError(
             f"{self._spell(what, i)} must stay in its place, {self._tensors[i].size} contiguous, "
-            f"writeable elements at {<size_t>data:#x}; got {a.size} of {a.dtype.str!r} with "
+            f"writeable elements at {<size_t>data:#x}; got {a.size} of {a.dtype} with "
             f"strides {a.strides}, {'writeable' if a.flags.writeable else 'read-only'}, at "
             f"{a.ctypes.data:#x}"
         )
@@ -865,7 +865,7 @@ cdef class Plan:
         # Nothing from here on can fail
         self._grad_norm = None
         self._nonfinite = ()
-        if clips or self._track_grad_norm or self._skip_nonfinite:
+        if self._measures():
             norm = scale * self._measure(n_elements)
             if clips or self._track_grad_norm:
                 self._grad_norm = norm
@@ -912,10 +912,14 @@ cdef class Plan:
             n_elements = self._take_bound()
         if not self._any_gradient():
             raise ValueError("grads must hold at least one array, got None for every parameter")
-        if self._max_norm < INFINITY or self._track_grad_norm or self._skip_nonfinite:
+        if self._measures():
             self._allocate_partials()
         self._start_velocities()
         return n_elements
+
+    cdef bint _measures(self) noexcept:
+        """Whether a step sweeps over the gradients first."""
+        return self._max_norm < INFINITY or self._track_grad_norm or self._skip_nonfinite
 
     cdef bint _any_gradient(self) noexcept:
         cdef Py_ssize_t i
