@@ -146,35 +146,35 @@ class Run:
         return 1e6 * float(np.median(self.step_seconds))
 
 
-def train(
-    backend: str,
-    rule: str,
-    lr: float,
-    data: Data,
-    *,
-    epochs: int,
-    batch: int,
-    hidden: list[int],
-    seed: int,
-    advance: Callable[[], object],
-) -> Run:
-    """Train one network and return its run."""
-    x, labels, x_test, labels_test = data
-    rng = np.random.default_rng(seed)
-    model = MLP([x.shape[1], *hidden, 10], rng)
-    optimizer = BACKENDS[backend](model, rule, lr)
-    run = Run()
-    for _ in range(epochs):
-        order = rng.permutation(len(x))
-        for start in range(0, len(x), batch):
-            rows = order[start : start + batch]
-            run.losses.append(model.backward(x[rows], labels[rows]))
+class Training:
+    """One network in training; networks of one seed see the same batches."""
+
+    def __init__(
+        self, backend: str, rule: str, lr: float, data: Data, *, batch: int, hidden: list[int],
+        seed: int,
+    ) -> None:
+        self.data, self.batch = data, batch
+        self.rng = np.random.default_rng(seed)
+        self.model = MLP([data[0].shape[1], *hidden, 10], self.rng)
+        self.optimizer = BACKENDS[backend](self.model, rule, lr)
+        self.run = Run()
+
+    def epoch(self) -> None:
+        """See every training image once."""
+        x, labels, *_ = self.data
+        order = self.rng.permutation(len(x))
+        for start in range(0, len(x), self.batch):
+            rows = order[start : start + self.batch]
+            self.run.losses.append(self.model.backward(x[rows], labels[rows]))
             begin = time.perf_counter()
-            optimizer.step()
-            run.step_seconds.append(time.perf_counter() - begin)
-        advance()
-    run.accuracy = model.accuracy(x_test, labels_test)
-    return run
+            self.optimizer.step()
+            self.run.step_seconds.append(time.perf_counter() - begin)
+
+    def finish(self) -> Run:
+        """Test the network and return its run."""
+        _, _, x_test, labels_test = self.data
+        self.run.accuracy = self.model.accuracy(x_test, labels_test)
+        return self.run
 
 
 def digits(seed: int, test_share: float = 0.2) -> Data:
@@ -229,13 +229,20 @@ def main() -> int:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(RULES) * len(BACKENDS) * args.epochs)
         for rule, (lr, _) in RULES.items():
-            for backend in BACKENDS:
-                progress.update(task, description=f"{rule} with {backend}")
-                runs[rule, backend] = train(
-                    backend, rule, lr, data, epochs=args.epochs, batch=args.batch,
-                    hidden=args.hidden, seed=args.seed,
-                    advance=lambda: progress.advance(task),
+            progress.update(task, description=rule)
+            trainings = {
+                backend: Training(
+                    backend, rule, lr, data, batch=args.batch, hidden=args.hidden, seed=args.seed
                 )
+                for backend in BACKENDS
+            }
+            # In turn, so that both meet whatever else the machine does in these seconds
+            for _ in range(args.epochs):
+                for training in trainings.values():
+                    training.epoch()
+                    progress.advance(task)
+            for backend, training in trainings.items():
+                runs[rule, backend] = training.finish()
 
     table = Table(title="Optimizer time is the median of a step's update alone")
     for heading in ("rule", "test accuracy", "final loss", "NumPy µs", "optcore µs", "speed-up",
