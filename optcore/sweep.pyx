@@ -270,10 +270,10 @@ cdef inline inlined squares(
             else:
                 add_squares(lanes, <const real *>t.grads[0] + i, n, t.unit)
             i += n
-        fold(lanes, 8)
-        fold(lanes, 4)
-        fold(lanes, 2)
-        fold(lanes, 1)
+        fold(lanes, LANES // 2)
+        fold(lanes, LANES // 4)
+        fold(lanes, LANES // 8)
+        fold(lanes, LANES // 16)
         partial.squares = lanes[0]
         partial.nonfinite = 0
         if not isfinite(lanes[0]):
