@@ -12,6 +12,8 @@ MODULES = ["runtime", "sweep", "kernels", "options", "arrays", "parallel", "func
 
 # -ffp-contract=off: without it some targets fuse a multiply and an add into one rounding, and
 # the bits would depend on the CPU. MSVC's /fp:precise does the same for its baseline.
+# -funroll-loops: GCC leaves a vector an iteration otherwise, and the loop's own instructions
+# are felt where a core is shared.
 FLAGS = {
     "msvc": ["/O2", "/fp:precise"],
     "unix": ["-O3", "-ffp-contract=off", "-funroll-loops"],

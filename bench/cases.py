@@ -29,6 +29,12 @@ STREAMS = {"sgd": 3, "momentum": 5, "nesterov": 5, PIPELINE: 9}
 # only be worked out for one period; prime, so that no block of a loop coincides with it.
 PERIOD = 65_537
 
+# Where malloc puts a block: from so many bytes on (glibc's M_MMAP_THRESHOLD) in pages of its
+# own, behind a header.
+MAPPED_BYTES = 128 << 10
+PAGE = 4096
+BLOCK_HEADER = 16
+
 
 def count_of(workload: str) -> int:
     """Return the parameters of a workload: a model's name or a length such as "1e6"."""
@@ -37,13 +43,6 @@ def count_of(workload: str) -> int:
 
 def shapes_of(workload: str) -> list[tuple[int, ...]]:
     return MODELS[workload] if workload in MODELS else [(int(float(workload)),)]
-
-
-# Where malloc puts a block: from so many bytes on (glibc's M_MMAP_THRESHOLD) in pages of its
-# own, behind a header.
-MAPPED_BYTES = 128 << 10
-PAGE = 4096
-BLOCK_HEADER = 16
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Arrays:
                 assert same, f"tensor {i} is not what the reference has"
 
 
-def fresh_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def fresh_empty(shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
     """Return what np.empty does in a fresh process.
 
     glibc maps large blocks one by one, and NumPy's data begins 16 bytes into a page. In a
