@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from shapes import MODELS
 
+import optcore
 import reference
 
-RULES = {rule.id: rule for rule in reference.RULES}
+RULES = reference.RULES_BY_ID
+# What pictures and short tables show: the convention of most libraries.
+SHOWN = [job for job, rule in RULES.items() if not rule.lr_in_velocity]
 
 # Chosen so that one step shows in every result beyond rounding: times do not depend on values.
 LR = 0.1
@@ -21,9 +24,6 @@ WEIGHT_DECAY = 5e-4
 MAX_NORM = 1.0
 EMA_DECAY = 0.9
 PIPELINE = "pipeline"       # clip by norm, coupled decay, Nesterov, average, zero gradients
-
-# Elements read and written for each parameter; the pipeline reads the gradient twice.
-STREAMS = {"sgd": 3, "momentum": 5, "nesterov": 5, PIPELINE: 9}
 
 # One period of the data. Every tensor repeats it from its start, so that the reference need
 # only be worked out for one period; prime, so that no block of a loop coincides with it.
@@ -65,22 +65,34 @@ class Case:
         return self.job == PIPELINE
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes that a step must move."""
-        streams = STREAMS[self.job if self.pipeline else self.rule.name]
-        return streams * np.dtype(self.dtype).itemsize * count_of(self.workload)
+    def label(self) -> str:
+        """What reports call the job."""
+        return "full pipeline" if self.pipeline else self.rule.label
 
     @property
-    def sgd_options(self) -> dict[str, Any]:
-        """What `optcore.SGD` is told."""
-        options = {"lr": LR, **self.rule.sgd_options}
-        if self.rule.has_velocity:
-            options["momentum"] = MOMENTUM
+    def streams(self) -> int:
+        """Elements read and written for each parameter."""
+        # The pipeline reads the gradient twice and zeroes it, and updates the average.
+        return 3 + 2 * len(self.rule.states) + (4 if self.pipeline else 0)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that a step must move."""
+        return self.streams * np.dtype(self.dtype).itemsize * count_of(self.workload)
+
+    @property
+    def options(self) -> reference.Options:
+        """The hyper-parameters of the rule alone."""
+        return reference.Options(lr=LR, momentum=MOMENTUM if self.rule.has_momentum else 0.0)
+
+    def optimizer(self, params: Any, **more: Any) -> optcore.SGD:
+        """Return the whole-model optimizer."""
+        options = {key: getattr(self.options, key) for key in ("lr", *self.rule.scalars)}
         if self.pipeline:
             options |= {
                 "weight_decay": WEIGHT_DECAY, "max_norm": MAX_NORM, "ema_decay": EMA_DECAY
             }
-        return options
+        return self.rule.optimizer(params, **options, **more)
 
 
 @dataclass(frozen=True)
@@ -107,9 +119,9 @@ class Arrays:
         self.x = [fresh_empty(shape, case.dtype) for shape in shapes]
         self.g = [fresh_empty(shape, case.dtype) for shape in shapes]
 
-    def zeros(self) -> list[np.ndarray]:
-        """Return arrays for a velocity, as a user allocates them."""
-        return [_filled(0, x) for x in self.x]
+    def states(self) -> list[list[np.ndarray]]:
+        """Return zeros for each state, an array a tensor, as a user allocates them."""
+        return [[_filled(0, x) for x in self.x] for _ in self.case.rule.states]
 
     def copies(self) -> list[np.ndarray]:
         """Return arrays for an average, which starts from the parameters."""
@@ -131,17 +143,17 @@ class Arrays:
         """One period of the parameters and averages after two steps."""
         case = self.case
         x, g = self._pattern["x"], self._pattern["g"]
-        v = np.zeros_like(x)
+        states = [np.zeros_like(x) for _ in case.rule.states]
         average = x if case.pipeline else None
         for _ in range(2):
-            options = {"lr": LR, "momentum": MOMENTUM}
+            options = case.options
             if case.pipeline:
                 norm = _norm(g, [a.size for a in self.x])
-                options |= {
-                    "weight_decay": WEIGHT_DECAY,
-                    "grad_scale": min(1.0, MAX_NORM / (norm + 1e-6)),
-                }
-            x, v = case.rule.reference(x, g, v, reference.Options(**options))
+                options = replace(
+                    options, weight_decay=WEIGHT_DECAY,
+                    grad_scale=min(1.0, MAX_NORM / (norm + 1e-6)),
+                )
+            x, states = case.rule.reference(x, g, states, options)
             if case.pipeline:
                 average = reference.averaged(average, x, EMA_DECAY)
                 g = np.zeros_like(g)

@@ -66,7 +66,7 @@ class Contender:
 # NumPy as the lecture writes it. Lists stand for a model's arrays; Python floats are what a
 # user writes. The velocity is a new array each time, as `v = …` makes it.
 
-def literal_sgd(x, g, v):
+def literal_sgd(x, g):
     for i in range(len(x)):
         x[i] -= LR * g[i]
 
@@ -173,18 +173,23 @@ OUTS = {
 }
 
 
+def literal_reference(rule, options, x, g, *states):
+    for i in range(len(x)):
+        x[i][...], new = rule.reference(x[i], g[i], [s[i] for s in states], options)
+        for s, value in zip(states, new, strict=True):
+            s[i] = value
+
+
 def build_literal(case: Case, arrays: Arrays) -> Run:
-    velocity = arrays.zeros() if case.rule.has_velocity else []
     averages = [arrays.copies()] if case.pipeline else []
-    step = partial(LITERALS[case.job], arrays.x, arrays.g, velocity, *averages)
+    literal = LITERALS.get(case.job) or partial(literal_reference, case.rule, case.options)
+    step = partial(literal, arrays.x, arrays.g, *arrays.states(), *averages)
     return Run(step, lambda: arrays.x, lambda: averages[0] if averages else ())
 
 
 def build_out(case: Case, arrays: Arrays) -> Run:
     scratch = fresh_empty((max(x.size for x in arrays.x),), case.dtype)
-    columns = [arrays.x, arrays.g]
-    if case.rule.has_velocity:
-        columns.append(arrays.zeros())
+    columns = [arrays.x, arrays.g, *arrays.states()]
     columns.append([scratch[: x.size].reshape(x.shape) for x in arrays.x])
     if case.pipeline:
         averages = arrays.copies()
@@ -204,25 +209,21 @@ def build_out(case: Case, arrays: Arrays) -> Run:
 
 def build_function(case: Case, arrays: Arrays) -> Run:
     """Call the functional API on one array, with the keywords a user would write."""
-    (x,), (g,) = arrays.x, arrays.g
-    entry = partial(case.rule.entry, x, g, lr=LR)
-    if case.rule.has_velocity:
-        entry = partial(entry, *arrays.zeros(), momentum=MOMENTUM)
-    if case.rule.lr_in_velocity:
-        entry = partial(entry, lr_in_velocity=True)
-    return Run(entry, lambda: [x])
+    tensors = [tensor for (tensor,) in (arrays.x, arrays.g, *arrays.states())]
+    step = partial(case.rule.entry, *tensors, **case.rule.keywords(case.options))
+    return Run(step, lambda: arrays.x)
 
 
 def build_step(case: Case, arrays: Arrays) -> Run:
     """Step with gradients bound at construction."""
-    opt = optcore.SGD(arrays.x, grads=arrays.g, **case.sgd_options)
+    opt = case.optimizer(arrays.x, grads=arrays.g)
     step = partial(opt.step, zero_grad=True) if case.pipeline else opt.step
     return Run(step, lambda: arrays.x, lambda: opt.ema or ())
 
 
 def build_step_list(case: Case, arrays: Arrays) -> Run:
     """Step with gradients handed over in a list each time."""
-    opt = optcore.SGD(arrays.x, **case.sgd_options)
+    opt = case.optimizer(arrays.x)
     zero = {"zero_grad": True} if case.pipeline else {}
     return Run(
         partial(opt.step, arrays.g, **zero), lambda: arrays.x, lambda: opt.ema or ()
@@ -235,7 +236,7 @@ def build_alone(case: Case, arrays: Arrays) -> Run:
     return build_step(case, arrays)
 
 
-NUMPY = [Contender(LITERAL, build_literal), Contender(OUT, build_out)]
+NUMPY = [Contender(LITERAL, build_literal), Contender(OUT, build_out, jobs=(*OUTS, PIPELINE))]
 
 # The best level's name is that of the API alone, so that both suites and the targets share it.
 ENGINE = NUMPY + [

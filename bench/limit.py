@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from cases import STREAMS, Arrays, Case, Run, count_of
+from cases import PIPELINE, RULES, Arrays, Case, Run, count_of
 from contenders import LIMIT, Contender
 
 HUGE_PAGE = 2 << 20
@@ -72,9 +72,9 @@ def limit_contender(folder: Path) -> Contender:
 
     def build(case: Case, arrays: Arrays) -> Run:
         kernel = getattr(library(folder), f"limit_{case.dtype}")
-        streams = STREAMS[case.job if case.pipeline else case.rule.name]
         n = count_of(case.workload)
-        columns, memory = _columns({3: 2, 5: 3, 9: 4}[streams], n, case.dtype)
+        streams = case.streams
+        columns, memory = _columns(2 + len(case.rule.states) + case.pipeline, n, case.dtype)
         pointers = (ctypes.c_void_p * 4)(*[column.ctypes.data for column in columns])
         threads = case.threads if n >= THREADED_FROM else 1
         norms = np.zeros(64 * threads, case.dtype)      # each thread's on lines of its own
@@ -88,4 +88,6 @@ def limit_contender(folder: Path) -> Contender:
 
         return Run(step, lambda: columns[:1], calls=calls, close=lambda: memory)
 
-    return Contender(LIMIT, build, threaded=True)
+    # limit.c has a loop without a state and one with one
+    jobs = [job for job, rule in RULES.items() if len(rule.states) < 2]
+    return Contender(LIMIT, build, jobs=(*jobs, PIPELINE), threaded=True)

@@ -55,7 +55,7 @@ def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Ru
     for param, g in zip(params, arrays.g, strict=True):
         param.grad = torch.from_numpy(g)
     opt = torch.optim.SGD(
-        params, lr=LR, momentum=MOMENTUM if case.rule.has_velocity else 0,
+        params, lr=LR, momentum=MOMENTUM if case.rule.has_momentum else 0,
         nesterov=case.rule.name == "nesterov",
         weight_decay=WEIGHT_DECAY if case.pipeline else 0,
         foreach=implementation == "foreach",
@@ -127,15 +127,14 @@ def numba_loops(*, parallel: bool) -> dict[str, Callable[..., object]]:
 
 def build_numba(case: Case, arrays: Arrays) -> Run:
     number = np.dtype(case.dtype).type
-    velocity = arrays.zeros() if case.rule.has_velocity else [None] * len(arrays.x)
-    averages = arrays.copies() if case.pipeline else [None] * len(arrays.x)
+    averages = [arrays.copies()] if case.pipeline else []
     loops, rows = [], []
-    for tensor in zip(arrays.x, arrays.g, velocity, averages, strict=True):
+    for tensor in zip(arrays.x, arrays.g, *arrays.states(), *averages, strict=True):
         loops.append(numba_loops(
             parallel=case.threads > 1 and tensor[0].size >= NUMBA_THREADED_FROM
         ))
-        rows.append([a.reshape(-1) for a in tensor if a is not None])
-    scalars = [number(LR)] + [number(MOMENTUM)] * case.rule.has_velocity
+        rows.append([a.reshape(-1) for a in tensor])
+    scalars = [number(LR)] + [number(MOMENTUM)] * case.rule.has_momentum
     calls = [
         (loop["pipeline" if case.pipeline else case.rule.name], row)
         for loop, row in zip(loops, rows, strict=True)
@@ -156,7 +155,7 @@ def build_numba(case: Case, arrays: Arrays) -> Run:
         for loop, row in calls:
             loop(*row, *scalars, scale, *blend)
 
-    return Run(step, lambda: arrays.x, lambda: averages)
+    return Run(step, lambda: arrays.x, lambda: averages[0])
 
 
 # JAX and optax: donated arrays, so that XLA may update them in place. They are JAX's own.
@@ -169,7 +168,7 @@ def jax_step(job: str) -> tuple[Callable[..., object], Callable[..., object]]:
 
     case = Case(job, "1")
     rule = optax.sgd(
-        LR, momentum=MOMENTUM if case.rule.has_velocity else None,
+        LR, momentum=MOMENTUM if case.rule.has_momentum else None,
         nesterov=case.rule.name == "nesterov",
     )
     if case.pipeline:

@@ -1,13 +1,13 @@
 """The executable specification: each rule as the NumPy expression it is, and the table of rules.
 
-Every function returns new arrays. Scalars are combined in float64 and rounded once to the
-arrays' dtype; expressions are evaluated left to right, as NumPy does. A rule that is not in
-`RULES` does not exist: the tests and the benchmarks take their cases from there.
+Scalars are combined in float64 and rounded once to the arrays' dtype; expressions are evaluated
+left to right, as NumPy does. A rule that is not in `RULES` does not exist: the tests and the
+benchmarks take their cases from there.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,99 +54,125 @@ def shrunk(x, o):
     return x
 
 
-def sgd(x, g, v, o):
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: a rule in one velocity convention."""
+
+    name: str
+    equation: Callable[..., Any]
+    label: str                              # what reports print
+    states: tuple[str, ...] = ()            # its arrays besides parameter and gradient
+    scalars: tuple[str, ...] = ()           # the options that it cannot do without
+    dampens: bool = False
+    lr_in_velocity: bool = False
+    sgd_options: dict[str, Any] | None = None   # how optcore.SGD is told, if it can be
+
+    @property
+    def id(self) -> str:
+        return self.name + ("_lr_in_velocity" if self.lr_in_velocity else "")
+
+    @property
+    def has_momentum(self) -> bool:
+        return "momentum" in self.scalars
+
+    def reference(self, x, g, states, o):
+        """Return the parameter and the list of states after a step, all new arrays."""
+        with np.errstate(all="ignore"):     # the engine does not warn either
+            results = self.equation(shrunk(x, o), direction(x, g, o), *states, o)
+        x, *states = (np.array(result) for result in results)
+        return x, states
+
+    @property
+    def entry(self) -> Callable[..., None]:
+        """The rule in the functional API."""
+        return getattr(optcore, f"{self.name}_step")
+
+    def keywords(self, o) -> dict[str, Any]:
+        """Return what a user writes: what differs from defaults, and what the rule needs."""
+        default = Options(lr=None)
+        keywords = {
+            key: value for key, value in vars(o).items()
+            if value != getattr(default, key) or key in self.scalars
+        }
+        return keywords | ({"lr_in_velocity": True} if self.lr_in_velocity else {})
+
+    def step(self, x, g, states, o):
+        """Call the functional API as a user would."""
+        self.entry(x, g, *states, **self.keywords(o))
+
+    def optimizer(self, params, *arguments, base=optcore.SGD, **options):
+        """Build the whole-model optimizer, of the class `base`."""
+        if self.sgd_options is None:
+            base = type(base.__name__, (base,), {"_rule": self.name})
+        return base(params, *arguments, **(self.sgd_options or {}), **options)
+
+
+RULES: list[Rule] = []
+
+
+def rule(name, *, label=None, lr_in_velocity=False, **row):
+    """Enter the decorated equation in the table; `row` is what else a `Rule` has.
+
+    It is given the parameter, already shrunk, the direction, one array a state and the options,
+    and returns the parameter and the states.
+    """
+    label = (label or name.replace("_", " ")) + (", lr in velocity" if lr_in_velocity else "")
+
+    def enter(equation):
+        RULES.append(Rule(name, equation, label, lr_in_velocity=lr_in_velocity, **row))
+        return equation
+
+    return enter
+
+
+@rule("sgd", label="SGD", sgd_options={})
+def sgd(x, d, o):
     real = x.dtype.type
-    d = direction(x, g, o)
-    x = shrunk(x, o)
     x = x - real(o.lr) * d
-    return x, v
+    return (x,)
 
 
-def momentum(x, g, v, o):
+@rule("momentum", states=("velocity",), scalars=("momentum",), dampens=True, sgd_options={})
+def momentum(x, d, v, o):
     real = x.dtype.type
-    d = direction(x, g, o)
-    x = shrunk(x, o)
     if o.dampening == 0:
         v = real(o.momentum) * v + d
     elif o.first_step:
-        v = d.copy()
+        v = d
     else:
         v = real(o.momentum) * v + real(1 - o.dampening) * d
     x = x - real(o.lr) * v
     return x, v
 
 
-def momentum_lr_in_velocity(x, g, v, o):
+@rule("momentum", states=("velocity",), scalars=("momentum",), lr_in_velocity=True,
+      sgd_options={"lr_in_velocity": True})
+def momentum_lr_in_velocity(x, d, v, o):
     real = x.dtype.type
-    d = direction(x, g, o)
-    x = shrunk(x, o)
     v = real(o.momentum) * v - real(o.lr) * d
     x = x + v
     return x, v
 
 
-def nesterov(x, g, v, o):
+@rule("nesterov", label="Nesterov", states=("velocity",), scalars=("momentum",),
+      sgd_options={"nesterov": True})
+def nesterov(x, d, v, o):
     real = x.dtype.type
-    d = direction(x, g, o)
-    x = shrunk(x, o)
     v = real(o.momentum) * v + d
     x = x - real(o.lr) * (d + real(o.momentum) * v)
     return x, v
 
 
-def nesterov_lr_in_velocity(x, g, v, o):
+@rule("nesterov", label="Nesterov", states=("velocity",), scalars=("momentum",),
+      lr_in_velocity=True, sgd_options={"nesterov": True, "lr_in_velocity": True})
+def nesterov_lr_in_velocity(x, d, v, o):
     real = x.dtype.type
-    d = direction(x, g, o)
-    x = shrunk(x, o)
     v = real(o.momentum) * v - real(o.lr) * d
     x = x + (real(o.momentum) * v - real(o.lr) * d)
     return x, v
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One row of the table: a rule in one velocity convention."""
-
-    name: str
-    reference: Callable[..., Any]
-    entry: Callable[..., Any]
-    has_velocity: bool = True
-    has_dampening: bool = False
-    lr_in_velocity: bool = False
-    sgd_options: dict[str, Any] = field(default_factory=dict)   # what optcore.SGD is told
-
-    @property
-    def id(self) -> str:
-        return self.name + ("_lr_in_velocity" if self.lr_in_velocity else "")
-
-    def step(self, x, g, v, o):
-        """Call the functional API as a user would, with the options that differ from defaults."""
-        default = Options(lr=None)
-        keywords = {
-            key: value for key, value in vars(o).items() if value != getattr(default, key)
-        }
-        if self.has_velocity:
-            keywords.setdefault("momentum", 0.0)
-            if self.lr_in_velocity:
-                keywords["lr_in_velocity"] = True
-            self.entry(x, g, v, **keywords)
-        else:
-            self.entry(x, g, **keywords)
-
-
-RULES = [
-    Rule("sgd", sgd, optcore.sgd_step, has_velocity=False),
-    Rule("momentum", momentum, optcore.momentum_step, has_dampening=True),
-    Rule(
-        "momentum", momentum_lr_in_velocity, optcore.momentum_step,
-        lr_in_velocity=True, sgd_options={"lr_in_velocity": True},
-    ),
-    Rule("nesterov", nesterov, optcore.nesterov_step, sgd_options={"nesterov": True}),
-    Rule(
-        "nesterov", nesterov_lr_in_velocity, optcore.nesterov_step,
-        lr_in_velocity=True, sgd_options={"nesterov": True, "lr_in_velocity": True},
-    ),
-]
+RULES_BY_ID = {rule.id: rule for rule in RULES}
 
 
 def averaged(e, x, decay):

@@ -63,10 +63,12 @@ def check(contender, case):
 @pytest.mark.parametrize("job", cases.RULES)
 @pytest.mark.parametrize("contender", contenders.ENGINE, ids=lambda c: c.name)
 def test_engine_equals_the_reference(contender, job, dtype):
-    check(contender, cases.Case(job, SMALL, dtype))
+    case = cases.Case(job, SMALL, dtype)
+    if contender.takes(case):
+        check(contender, case)
 
 
-@pytest.mark.parametrize("job", ["sgd", "momentum", "nesterov", "pipeline"])
+@pytest.mark.parametrize("job", [*cases.RULES, cases.PIPELINE])
 @pytest.mark.parametrize(
     "contender", [*contenders.NUMPY, *contenders.OPTCORE, contenders.OPTCORE_ALONE],
     ids=lambda c: c.name,
@@ -92,7 +94,7 @@ def test_the_check_notices_a_wrong_step():
     case = cases.Case("momentum", SMALL)
     arrays = cases.Arrays(case)
     arrays.reset()
-    wrong = contenders.build_out(cases.Case("sgd", SMALL), arrays)
+    wrong = contenders.build_out(cases.Case("nesterov", SMALL), arrays)
     with pytest.raises(AssertionError, match="tensor 0"):
         arrays.check(wrong, exact=False)
 

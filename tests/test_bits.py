@@ -49,37 +49,38 @@ class Placed:
 
 
 def compare(rule, options, placed, where, cases):
-    """Step the placed arrays at all triples of offsets and levels against the reference."""
-    x, g, v = (p.before for p in placed)
-    expected_x, expected_v = rule.reference(x, g, v, options)
-    expected = [np.ascontiguousarray(a).view(np.uint8) for a in (expected_x, g, expected_v)]
+    """Step the placed arrays at all given offsets and all levels against the reference."""
+    x, g, *states = (p.before for p in placed)
+    expected_x, expected_states = rule.reference(x, g, states, options)
+    expected = [a.view(np.uint8) for a in (expected_x, g, *expected_states)]
     for level in simd_levels_available():
         with simd(level):
             for offsets in where:
                 arrays = [p.put(offset) for p, offset in zip(placed, offsets, strict=True)]
-                rule.step(*arrays, options)
+                rule.step(*arrays[:2], arrays[2:], options)
                 agree = [p.take(offset, bits)
                          for p, offset, bits in zip(placed, offsets, expected, strict=True)]
                 cases(all(agree), lambda at=(level, offsets): f"{rule.id} {x.size} {at} {options}")
 
 
-def each_alone(placed, others):
-    """Offsets at which each array moves over the whole line while the others stay."""
-    return [
-        tuple(offset if axis == moving else others[axis] for axis in range(3))
-        for moving in range(3) for offset in placed[moving].offsets
+def each_then_all(placed, others):
+    """Offsets at which each array moves over the line while the others stay, then all as one."""
+    alone = [
+        (*others[:moving], offset, *others[moving + 1 :])
+        for moving, p in enumerate(placed) for offset in p.offsets
     ]
+    return alone + list(zip(*(p.offsets for p in placed), strict=True))
 
 
 def plain_options(rule, **others):
-    return Options(lr=0.1, momentum=0.9 if rule.has_velocity else 0.0, **others)
+    return Options(lr=0.1, momentum=0.9 if rule.has_momentum else 0.0, **others)
 
 
 def all_options(rule):
     """Every combination of the options that this rule has."""
     decays = [(0.0, False), (0.01, False), (0.01, True)]
     dampenings = [(0.0, False)]
-    if rule.has_dampening:
+    if rule.dampens:
         dampenings += [(0.25, False), (0.25, True)]
     for (decay, decoupled), maximize, scale, clip, (dampening, first) in itertools.product(
         decays, [False, True], [1.0, 0.3], [None, 0.5], dampenings
@@ -96,22 +97,32 @@ def all_options(rule):
         )
 
 
-def draw(rng, n, dtype):
-    return [rng.standard_normal(n).astype(dtype) for _ in range(3)]
+def draw(rule, rng, shape, dtype, order="C"):
+    """Return a parameter, a gradient and the rule's states."""
+    return [
+        np.array(rng.standard_normal(shape), dtype, order=order)
+        for _ in ("x", "g", *rule.states)
+    ]
+
+
+def step_agrees(rule, x, g, states, options):
+    """Step the arrays; return whether they hold the reference's bits."""
+    expected_x, expected_states = rule.reference(x, g, states, options)
+    rule.step(x, g, states, options)
+    pairs = zip([x, *states], [expected_x, *expected_states], strict=True)
+    return all(same_bits(a, b) for a, b in pairs)
 
 
 @by_dtype
 @by_rule
 @pytest.mark.parametrize("n", LENGTHS)
 def test_offsets(rule, dtype, n, rng, cases):
-    """Parameter, gradient and velocity each at every offset, all products, canaries intact."""
-    placed = [Placed(values) for values in draw(rng, n, dtype)]
-    if n > 10_000:      # the products would take minutes
-        where = each_alone(placed, (0, 0, 0))
+    """Parameter, gradient and state each at every offset, all products, canaries intact."""
+    placed = [Placed(values) for values in draw(rule, rng, n, dtype)]
+    if n > 10_000 or len(placed) > 3:   # the products would take minutes
+        where = each_then_all(placed, (0,) * len(placed))
     else:
         where = list(itertools.product(*(p.offsets for p in placed)))
-    if not rule.has_velocity:
-        where = sorted({(i, j, 0) for i, j, _ in where})
     compare(rule, plain_options(rule), placed, where, cases)
 
 
@@ -119,11 +130,11 @@ def test_offsets(rule, dtype, n, rng, cases):
 @by_rule
 @pytest.mark.parametrize("n", LENGTHS)
 def test_options(rule, dtype, n, rng, cases):
-    """Every combination of options at every length and level; each array at every offset."""
-    placed = [Placed(values) for values in draw(rng, n, dtype)]
+    """Every combination of options at every length and level, each array at every offset."""
+    placed = [Placed(values) for values in draw(rule, rng, n, dtype)]
     for k, options in enumerate(all_options(rule)):
-        others = tuple((k * step) % len(placed[0].offsets) for step in (1, 3, 5))
-        where = each_alone(placed, others) if n <= 100 else [others]
+        others = tuple(k * (2 * i + 1) % len(p.offsets) for i, p in enumerate(placed))
+        where = each_then_all(placed, others) if n <= 100 else [others]
         compare(rule, options, placed, where, cases)
 
 
@@ -136,13 +147,10 @@ def test_special_values(rule, dtype, rng, cases, simd_level):
         [0.0, -0.0, np.inf, -np.inf, np.nan, info.smallest_subnormal, -info.smallest_subnormal,
          info.tiny, -info.tiny, info.max, -info.max, 1.0, -1.0, 0.1], dtype
     )
-    triples = np.array(list(itertools.product(values, repeat=3)), dtype)
+    columns = np.meshgrid(*[values] * (2 + len(rule.states)))
     for options in all_options(rule):
-        x, g, v = (np.ascontiguousarray(column) for column in triples.T)
-        with np.errstate(all="ignore"):
-            expected_x, expected_v = rule.reference(x, g, v, options)
-        rule.step(x, g, v, options)
-        cases(same_bits(x, expected_x) and same_bits(v, expected_v), options)
+        x, g, *states = (column.flatten() for column in columns)
+        cases(step_agrees(rule, x, g, states, options), options)
 
 
 @by_dtype
@@ -150,14 +158,11 @@ def test_special_values(rule, dtype, rng, cases, simd_level):
 def test_many_steps_stay_equal(rule, dtype, rng, cases, simd_level):
     """A thousand steps, into the subnormals that a velocity decays to under zero gradients."""
     options = plain_options(rule)
-    x, g, v = draw(rng, 67, dtype)
-    rx, rv = x.copy(), v.copy()
+    x, g, *states = draw(rule, rng, 67, dtype)
     zero = np.zeros_like(g)
-    for k in range(1000):
-        gradient = g if k < 3 else zero
-        rx, rv = rule.reference(rx, gradient, rv, options)
-        rule.step(x, gradient, v, options)
-    cases(same_bits(x, rx) and same_bits(v, rv))
+    cases(all(
+        step_agrees(rule, x, g if k < 3 else zero, states, options) for k in range(1000)
+    ))
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -165,11 +170,8 @@ def test_many_steps_stay_equal(rule, dtype, rng, cases, simd_level):
 @by_dtype
 @by_rule
 def test_shapes(rule, dtype, shape, order, rng, cases):
-    x, g, v = (np.array(rng.standard_normal(shape), dtype, order=order) for _ in range(3))
-    options = plain_options(rule)
-    expected_x, expected_v = rule.reference(x, g, v, options)
-    rule.step(x, g, v, options)
-    cases(same_bits(x, np.asarray(expected_x)) and same_bits(v, np.asarray(expected_v)))
+    x, g, *states = draw(rule, rng, shape, dtype, order)
+    cases(step_agrees(rule, x, g, states, plain_options(rule)))
 
 
 hyper = st.floats(0, 2, width=32).filter(lambda value: value == 0 or value > 1e-30)
@@ -182,7 +184,7 @@ fraction = st.floats(0, 0.96875, width=32).filter(lambda value: value == 0 or va
     dtype=st.sampled_from(DTYPES),
     level=st.sampled_from(simd_levels_available()),
     n=st.integers(0, 5000),
-    starts=st.tuples(*[st.integers(0, 70)] * 3),
+    starts=st.tuples(*[st.integers(0, 70)] * (2 + max(len(rule.states) for rule in RULES))),
     options=st.builds(
         Options, lr=hyper, momentum=fraction, dampening=fraction, weight_decay=hyper,
         decoupled_weight_decay=st.booleans(), maximize=st.booleans(),
@@ -191,18 +193,14 @@ fraction = st.floats(0, 0.96875, width=32).filter(lambda value: value == 0 or va
     seed=st.integers(0, 2**32 - 1),
 )
 def test_anything(rule, dtype, level, n, starts, options, seed):
-    if not rule.has_velocity:
+    if not rule.has_momentum:
         options = replace(options, momentum=0.0)
-    if not rule.has_dampening:
+    if not rule.dampens:
         options = replace(options, dampening=0.0, first_step=False)
     rng = np.random.default_rng(seed)
-    x, g, v = (
+    x, g, *states = (
         (rng.standard_normal(n + start) * 10.0 ** rng.integers(-6, 6)).astype(dtype)[start:]
-        for start in starts
+        for start in starts[: 2 + len(rule.states)]
     )
-    with np.errstate(all="ignore"):
-        expected_x, expected_v = rule.reference(x, g, v, options)
     with simd(level):
-        rule.step(x, g, v, options)
-    assert same_bits(x, expected_x)
-    assert same_bits(v, expected_v)
+        assert step_agrees(rule, x, g, states, options)

@@ -36,8 +36,7 @@ def assert_same_optimizers(a, b):
     """State, options and averages, to the bit."""
     a, b = a._contents(include_params=True), b._contents(include_params=True)
     for one, other in zip(a.pop("state").values(), b.pop("state").values(), strict=True):
-        assert one["first_step"] == other["first_step"]
-        for key in ("velocity", "ema", "param"):
+        for key in one.keys() | other.keys():
             assert (one[key] is None) == (other[key] is None)
             assert one[key] is None or same_bits(one[key], other[key])
     assert a == b
@@ -49,8 +48,8 @@ def test_resuming_gives_the_same_bits(rule, include_params, rng, tmp_path):
     """Two groups, names, float32 and float64, late first steps, every sweep option."""
     path = tmp_path / "run.safetensors"
     options = {
-        "momentum": 0.9 if rule.has_velocity else 0.0, **rule.sgd_options,
-        "dampening": 0.25 if rule.has_dampening else 0.0, "weight_decay": 0.1,
+        "momentum": 0.9 if rule.has_momentum else 0.0,
+        "dampening": 0.25 if rule.dampens else 0.0, "weight_decay": 0.1,
     }
 
     def groups(flat):
@@ -66,13 +65,14 @@ def test_resuming_gives_the_same_bits(rule, include_params, rng, tmp_path):
               for _ in range(6)]
     for grads in script[:4]:
         grads["a1"] = None
-    opt = optcore.SGD(groups(params), lr=0.1, max_norm=3.0, skip_nonfinite=True, ema_decay=0.9)
+    opt = rule.optimizer(
+        groups(params), lr=0.1, max_norm=3.0, skip_nonfinite=True, ema_decay=0.9)
     steps(opt, script[:3])
     assert not opt.step({**script[0], "a0": np.full((), np.nan, np.float32)})
     opt.save(path, include_params=include_params)
     copies = mixed(rng) if include_params else [p.copy(order="K") for p in params]
-    resumed = optcore.SGD.load(path, [{"params": g["params"]} for g in groups(copies)])
-    restored = optcore.SGD(
+    resumed = type(opt).load(path, [{"params": g["params"]} for g in groups(copies)])
+    restored = rule.optimizer(
         groups([p.copy(order="K") for p in params]), lr=7.0, ema_decay=0.5, clip_value=9.0
     )
     restored.restore(path)

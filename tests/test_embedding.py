@@ -18,8 +18,8 @@ import pytest
 
 import optcore
 from optcore import kernels
-from reference import RULES, Options, same_bits
-from test_bits import all_options, by_dtype, by_rule
+from reference import RULES, RULES_BY_ID, Options, same_bits
+from test_bits import all_options, by_dtype, by_rule, draw
 
 pytest.importorskip("setuptools", reason="building the examples needs setuptools")
 pytest.importorskip("Cython", reason="building the examples needs Cython")
@@ -84,8 +84,10 @@ def values(rule, o):
 
 
 def from_probe(module):
-    def step(name, rule, x, g, v, o):
-        module.step(name, *(a.ctypes.data for a in (x, g, v)), x.size, *values(rule, o))
+    def step(name, rule, x, g, states, o):
+        places = [a.ctypes.data for a in (x, g, *states)]
+        places += [0] * (3 - len(places))       # the probes take a velocity of every rule
+        module.step(name, *places, x.size, *values(rule, o))
 
     return step
 
@@ -95,11 +97,10 @@ def options_array(rule, o):
     return kernels.make_options(**dict(zip(names, values(rule, o), strict=True)))
 
 
-def from_ctypes(name, rule, x, g, v, o):
+def from_ctypes(name, rule, x, g, states, o):
     function = kernels.functions()[f"optcore_{name}"]
-    arrays = (x, g, v) if rule.has_velocity else (x, g)
     pointers = [
-        a.ctypes.data_as(kind) for a, kind in zip(arrays, function.argtypes, strict=False)
+        a.ctypes.data_as(kind) for a, kind in zip((x, g, *states), function.argtypes, strict=False)
     ]
     options = options_array(rule, o)    # must outlive the call: an address keeps nothing alive
     function(*pointers, x.size, options.ctypes.data)
@@ -108,24 +109,22 @@ def from_ctypes(name, rule, x, g, v, o):
 def numba_steps():
     numba = pytest.importorskip("numba", reason="numba is missing")
 
-    def compiled(name, function):
-        if "_sgd_" in name:
-            return numba.njit(nogil=True)(
-                lambda x, g, v, o: function(x.ctypes, g.ctypes, x.size, o.ctypes)
-            )
-        return numba.njit(nogil=True)(
-            lambda x, g, v, o: function(x.ctypes, g.ctypes, v.ctypes, x.size, o.ctypes)
-        )
+    def compiled(function):
+        names = [f"a{i}" for i in range(len(function.argtypes) - 2)]
+        pointers = ", ".join(f"{name}.ctypes" for name in names)
+        # written out: Numba cannot hand on any number of arguments
+        code = f"lambda {', '.join(names)}, o: function({pointers}, a0.size, o.ctypes)"
+        return numba.njit(nogil=True)(eval(code, {"function": function}))
 
-    return {name: compiled(name, function) for name, function in kernels.functions().items()}
+    return {name: compiled(function) for name, function in kernels.functions().items()}
 
 
 @pytest.fixture(scope="module")
 def from_numba():
     steps = numba_steps()
 
-    def step(name, rule, x, g, v, o):
-        steps[f"optcore_{name}"](x, g, v, options_array(rule, o))
+    def step(name, rule, x, g, states, o):
+        steps[f"optcore_{name}"](x, g, *states, options_array(rule, o))
 
     return step
 
@@ -147,11 +146,11 @@ def test_same_bits_as_the_python_api(call, rule, dtype, rng, cases):
     name = f"{rule.name}_f{np.dtype(dtype).itemsize * 8}"
     for n in (0, 1, 37, 1000):
         for options in all_options(rule):
-            x, g, v = (rng.standard_normal(n).astype(dtype) for _ in range(3))
-            expected_x, expected_v = x.copy(), v.copy()
-            rule.step(expected_x, g, expected_v, options)
-            call(name, rule, x, g, v, options)
-            cases(same_bits(x, expected_x) and same_bits(v, expected_v), options)
+            x, g, *states = draw(rule, rng, n, dtype)
+            expected = [a.copy() for a in (x, g, *states)]
+            rule.step(*expected[:2], expected[2:], options)
+            call(name, rule, x, g, states, options)
+            cases(all(map(same_bits, (x, g, *states), expected)), options)
 
 
 def test_every_rule_has_its_functions():
@@ -180,12 +179,12 @@ def test_numba_checks_dtypes():
     numba = pytest.importorskip("numba", reason="numba is missing")
     x = np.zeros(3)
     with pytest.raises(numba.TypingError):
-        numba_steps()["optcore_sgd_f32"](x, x.copy(), x.copy(), kernels.make_options())
+        numba_steps()["optcore_sgd_f32"](x, x.copy(), kernels.make_options())
 
 
 def test_any_thread_may_call():
     """Threads that let go of the GIL, as ctypes does, each with arrays of its own."""
-    rule = next(rule for rule in RULES if rule.id == "momentum")
+    rule = RULES_BY_ID["momentum"]
     options = Options(lr=0.1, momentum=0.9)
     results = []
 
@@ -193,7 +192,7 @@ def test_any_thread_may_call():
         x, g = np.ones(10_001, np.float32), np.full(10_001, 0.3, np.float32)
         v = np.zeros_like(x)
         for _ in range(100):
-            from_ctypes("momentum_f32", rule, x, g, v, options)
+            from_ctypes("momentum_f32", rule, x, g, [v], options)
         results.append(x.tobytes())
 
     threads = [threading.Thread(target=work) for _ in range(8)]

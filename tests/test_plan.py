@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import optcore
 from optcore.runtime import always_threaded, simd, simd_levels_available
-from reference import RULES, Options, averaged, same_bits
+from reference import RULES, RULES_BY_ID, Options, averaged, same_bits
 
 CHUNK, LANES = 8192, 16
 SIZES = [1, 255, 0, 8192, 8193, 40_000, 3, 16_384]
@@ -54,7 +54,7 @@ class Reference:
     def __init__(self, rule, params, options, max_norm=None, ema_decay=None):
         self.rule, self.options, self.max_norm, self.decay = rule, options, max_norm, ema_decay
         self.params = [p.copy() for p in params]
-        self.velocities = [np.zeros_like(p) for p in params]
+        self.states = [[np.zeros_like(p) for _ in rule.states] for p in params]
         self.averages = [p.copy() for p in params]
         self.first = [True] * len(params)
 
@@ -68,8 +68,8 @@ class Reference:
             options = Options(**{**vars(self.options), "grad_scale": grad_scale,
                                  "first_step": self.first[i]})
             self.first[i] = False
-            self.params[i], self.velocities[i] = self.rule.reference(
-                self.params[i], g, self.velocities[i], options
+            self.params[i], self.states[i] = self.rule.reference(
+                self.params[i], g, self.states[i], options
             )
             if self.decay is not None:
                 self.averages[i] = averaged(self.averages[i], self.params[i], self.decay)
@@ -80,15 +80,16 @@ class Reference:
 def test_pipeline(rule, dtype, rng, threads, simd_level, cases):
     """Everything at once, on every thread count and level."""
     options = Options(
-        lr=0.05, momentum=0.9 if rule.has_velocity else 0.0, weight_decay=5e-4,
+        lr=0.05, momentum=0.9 if rule.has_momentum else 0.0, weight_decay=5e-4,
         maximize=threads == 2, decoupled_weight_decay=threads == 3,
     )
     params = model(rng, dtype=dtype)
     reference = Reference(rule, params, options, max_norm=1.0, ema_decay=0.99)
-    opt = optcore.SGD(params, lr=0.05, momentum=options.momentum, weight_decay=5e-4,
-                      maximize=options.maximize,
-                      decoupled_weight_decay=options.decoupled_weight_decay,
-                      max_norm=1.0, ema_decay=0.99, **rule.sgd_options)
+    opt = rule.optimizer(
+        params, lr=0.05, momentum=options.momentum, weight_decay=5e-4,
+        maximize=options.maximize, decoupled_weight_decay=options.decoupled_weight_decay,
+        max_norm=1.0, ema_decay=0.99,
+    )
     for k in range(3):
         grads = model(rng, dtype=dtype)
         grads[k] = None
@@ -102,7 +103,7 @@ def test_pipeline(rule, dtype, rng, threads, simd_level, cases):
 
 def test_stages_alone_and_together(rng, simd_level, cases):
     """Each subset of the options that take a stage of their own."""
-    rule = RULES[1]
+    rule = RULES_BY_ID["momentum"]
     for clip, decay, zero, coupled in itertools.product([None, 0.5], [None, 0.9], [False, True],
                                                         [0.0, 0.1]):
         options = Options(momentum=0.9, clip_value=clip, weight_decay=coupled)
@@ -138,9 +139,9 @@ def test_any_split_gives_the_same_bits(cuts, threads, level, rule):
     other = flat.copy()
     bounds = [0, *sorted(cuts), flat.size]
     parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-    options = {"lr": 0.1, "momentum": 0.9 if rule.has_velocity else 0.0, **rule.sgd_options}
-    whole = optcore.SGD(flat, **options, ema_decay=0.9)
-    split = optcore.SGD([other[part] for part in parts], **options, ema_decay=0.9)
+    options = {"lr": 0.1, "momentum": 0.9 if rule.has_momentum else 0.0, "ema_decay": 0.9}
+    whole = rule.optimizer(flat, **options)
+    split = rule.optimizer([other[part] for part in parts], **options)
     optcore.set_num_threads(threads)
     try:
         with simd(level), always_threaded():
@@ -361,7 +362,7 @@ def test_accumulate_refuses(rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_replicas(workers, dtype, rng, threads, simd_level, cases):
     """The mean in the order given, clipped by its norm, without a copy of it."""
-    rule, options = RULES[3], Options(lr=0.1, momentum=0.9)
+    rule, options = RULES_BY_ID["nesterov"], Options(lr=0.1, momentum=0.9)
     params = model(rng, dtype=dtype)
     reference = Reference(rule, params, options, max_norm=1.0)
     opt = optcore.SGD(params, lr=0.1, momentum=0.9, nesterov=True, max_norm=1.0)
@@ -380,7 +381,7 @@ def test_replicas(workers, dtype, rng, threads, simd_level, cases):
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_replicas_with_options(decoupled, rng, simd_level, cases):
     """Clipping by value, maximize and decay act on the mean."""
-    rule = RULES[1]
+    rule = RULES_BY_ID["momentum"]
     options = Options(lr=0.1, momentum=0.9, clip_value=0.2, maximize=True, weight_decay=0.1,
                       decoupled_weight_decay=decoupled)
     params = model(rng)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optcore
-from reference import RULES, Options, same_bits
+from reference import RULES, RULES_BY_ID, Options, same_bits
 
 SHAPES = [(), (7,), (0,), (3, 5), (33, 4, 2), (1000,)]
 
@@ -23,7 +23,7 @@ class Model:
     def __init__(self, rule, params, options):
         self.rule, self.options = rule, options
         self.params = [p.copy() for p in params]
-        self.velocities = [np.zeros_like(p) for p in params]
+        self.states = [[np.zeros_like(p) for _ in rule.states] for p in params]
         self.started = [False] * len(params)
 
     def step(self, grads, **changes):
@@ -32,10 +32,8 @@ class Model:
                 continue
             options = Options(**{**vars(self.options), **changes,
                                  "first_step": not self.started[i]})
-            self.params[i], self.velocities[i] = (
-                np.asarray(a) for a in self.rule.reference(
-                    self.params[i], g, self.velocities[i], options)
-            )
+            self.params[i], self.states[i] = self.rule.reference(
+                self.params[i], g, self.states[i], options)
             self.started[i] = True
 
 
@@ -46,7 +44,7 @@ def assert_same(params, model):
 
 def sgd(params, rule, options, **more):
     keywords = {k: v for k, v in vars(options).items() if k not in ("grad_scale", "first_step")}
-    return optcore.SGD(params, **keywords, **rule.sgd_options, **more)
+    return rule.optimizer(params, **keywords, **more)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -54,10 +52,10 @@ def sgd(params, rule, options, **more):
 def test_steps_with_every_option(rule, dtype, rng, simd_level, cases):
     for decay, decoupled, maximize, clip, dampening in itertools.product(
         [0.0, 0.01], [False, True], [False, True], [None, 0.5],
-        [0.0, 0.3] if rule.has_dampening else [0.0],
+        [0.0, 0.3] if rule.dampens else [0.0],
     ):
         options = Options(
-            lr=0.1, momentum=0.9 if rule.has_velocity else 0.0, dampening=dampening,
+            lr=0.1, momentum=0.9 if rule.has_momentum else 0.0, dampening=dampening,
             weight_decay=decay, decoupled_weight_decay=decoupled, maximize=maximize,
             clip_value=clip,
         )
@@ -77,7 +75,7 @@ def test_steps_with_every_option(rule, dtype, rng, simd_level, cases):
 @pytest.mark.parametrize("kind", ["array", "list", "tuple", "mapping", "generator", "groups",
                                   "named groups"])
 def test_structures(kind, rng):
-    rule, options = RULES[1], Options(momentum=0.9)
+    rule, options = RULES_BY_ID["momentum"], Options(momentum=0.9)
     flat = arrays(rng)[-1:] if kind == "array" else arrays(rng)
     names = [f"p{i}" for i in range(len(flat))]
     model = Model(rule, flat, options)
@@ -126,7 +124,7 @@ def test_groups_have_options_of_their_own(rng):
 
 
 def test_groups_edited_between_steps(rng):
-    rule, options = RULES[1], Options(momentum=0.9)
+    rule, options = RULES_BY_ID["momentum"], Options(momentum=0.9)
     params = arrays(rng)
     model = Model(rule, params, options)
     opt = sgd(params, rule, options)
@@ -194,7 +192,7 @@ def test_schedule_that_steps_is_refused():
 
 
 def test_bound_gradients(rng):
-    rule, options = RULES[3], Options(momentum=0.9)
+    rule, options = RULES_BY_ID["nesterov"], Options(momentum=0.9)
     params, grads = arrays(rng), arrays(rng)
     grads[1] = None
     model = Model(rule, params, options)
@@ -240,8 +238,8 @@ def test_array_kinds_that_work(tmp_path, rng):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
 def test_state_dict_goes_on_with_the_same_bits(rule, rng):
-    options = Options(momentum=0.9 if rule.has_velocity else 0.0,
-                      dampening=0.5 if rule.has_dampening else 0.0)
+    options = Options(momentum=0.9 if rule.has_momentum else 0.0,
+                      dampening=0.5 if rule.dampens else 0.0)
     params = arrays(rng) + arrays(rng, np.float64)
     script = [arrays(rng) + arrays(rng, np.float64) for _ in range(6)]
     for grads in script[:4]:
@@ -251,12 +249,10 @@ def test_state_dict_goes_on_with_the_same_bits(rule, rng):
         opt.step(grads)
     copies = [p.copy() for p in params]
     saved = copy.deepcopy(opt.state_dict())
-    assert all(
-        s["velocity"] is None or s["velocity"].dtype == p.dtype
-        for s, p in zip(saved["state"].values(), params, strict=True)
-    )
-    resumed = optcore.SGD(copies, lr=7.0, ema_decay=0.5, **rule.sgd_options,
-                          momentum=0.1 if rule.has_velocity else 0.0)
+    for entry, p in zip(saved["state"].values(), params, strict=True):
+        assert all(a.dtype == p.dtype for a in entry.values() if isinstance(a, np.ndarray))
+    resumed = rule.optimizer(
+        copies, lr=7.0, ema_decay=0.5, momentum=0.1 if rule.has_momentum else 0.0)
     resumed.load_state_dict(saved)
     resumed.ema_decay = 0.9                     # the optimizer's own, not a group's
     assert resumed.step_count == 3
