@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+from cases import RULES, SHOWN
 from contenders import FUNCTION, LIMIT, LITERAL, OUT, STEP
 from matplotlib.figure import Figure
 from shapes import MODELS
@@ -17,7 +18,6 @@ ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 )
 INK, FAINT = "#222222", "#8A8A8A"
-JOBS = {"sgd": "SGD", "momentum": "momentum", "nesterov": "Nesterov"}
 
 # optcore is drawn over all others; what belongs together shares a colour.
 STYLES = {
@@ -70,16 +70,17 @@ def _vectors(results: Results, job: str, dtype: str, threads: int) -> list[Key]:
 def _panels(results: Results, machine: dict[str, Any], rows: list[tuple[str, int]], title: str,
             path: Path) -> None:
     """Draw GB/s over length: a column for each rule, a row for each (dtype, threads)."""
+    jobs = [job for job in SHOWN if any(key[0] == job for key in results.cases)]
     with mpl.rc_context(STYLE):
         height = 1.5 + 2.7 * len(rows)
         figure = Figure(figsize=(11, height), layout="constrained")
-        grid = figure.subplots(len(rows), len(JOBS), sharex=True, sharey="row", squeeze=False)
+        grid = figure.subplots(len(rows), len(jobs), sharex=True, sharey="row", squeeze=False)
         handles = {}
         for line, (dtype, threads) in zip(grid, rows, strict=True):
-            for axes, (job, label) in zip(line, JOBS.items(), strict=True):
+            for axes, job in zip(line, jobs, strict=True):
                 keys = _vectors(results, job, dtype, threads)
                 plural = "s" if threads > 1 else ""
-                axes.set_title(f"{label}, {dtype}, {threads} thread{plural}")
+                axes.set_title(f"{RULES[job].label}, {dtype}, {threads} thread{plural}")
                 axes.set_xscale("log")
                 axes.set_yscale("log")
                 axes.grid(visible=True, color="#E6E6E6", linewidth=0.6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cases import SHOWN, Case
 from contenders import FUNCTION, LIMIT, LITERAL, OUT, STEP
 from shapes import MODELS
 from targets import FUSED, TARGETS, Target
@@ -20,11 +21,6 @@ Row = dict[str, Any]
 Key = tuple[str, str, str, int]     # job, workload, dtype, threads
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-LABELS = {
-    "sgd": "SGD", "momentum": "momentum", "nesterov": "Nesterov", "pipeline": "full pipeline",
-    "momentum_lr_in_velocity": "momentum, lr in velocity",
-    "nesterov_lr_in_velocity": "Nesterov, lr in velocity",
-}
 
 
 def rows_of(benchmark: dict[str, Any]) -> list[Row]:
@@ -126,19 +122,14 @@ def number(value: float | None, *, times: bool = False) -> str:
     return f"{value:,.{digits}f}" + ("×" if times else "")
 
 
-def size_of(workload: str) -> str:
-    try:
-        return f"{int(float(workload)):,}"
-    except ValueError:
-        return workload
+def title(job: str, workload: str) -> str:
+    size = workload if workload in MODELS else f"{int(float(workload)):,}"
+    return f"{Case(job, workload).label}, {size}"
 
 
 def case_title(key: Key) -> str:
     job, workload, dtype, threads = key
-    return (
-        f"{LABELS[job]}, {size_of(workload)}, {dtype}, "
-        f"{threads} thread{'s' if threads > 1 else ''}"
-    )
+    return f"{title(job, workload)}, {dtype}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def machine_table(machine: dict[str, Any]) -> str:
@@ -154,8 +145,8 @@ def target_table(results: Results, suite: str) -> str:
         judged = results.judge(target)
         threads = target.threads if target.threads == "all" else str(target.threads)
         row = [
-            f"{LABELS[target.job]}, {size_of(target.workload)}", threads, target.who,
-            target.opponents, number(target.at_least, times=True),
+            title(target.job, target.workload), threads, target.who, target.opponents,
+            number(target.at_least, times=True),
         ]
         if judged is None:
             rows.append([*row, "–", "not measured"])
@@ -223,12 +214,12 @@ def summary_table(results: Results) -> str:
     """Return the short table: float32, one thread, the best SIMD level."""
     rows = []
     for workload in ("1e6", "5e7"):
-        for job in ("sgd", "momentum", "nesterov"):
+        for job in SHOWN:
             key = (job, workload, "float32", 1)
             if key not in results.cases:
                 continue
             rows.append([
-                f"{LABELS[job]}, {size_of(workload)}",
+                title(job, workload),
                 *[number(results.time(key, name)) for name in (LITERAL, OUT, FUNCTION, STEP)],
                 *[number(results.speedup(key, STEP, name), times=True) for name in (LITERAL, OUT)],
                 number(results.bandwidth(key, STEP)),
