@@ -8,7 +8,10 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-MODULES = ["runtime", "sweep", "kernels", "options", "arrays", "parallel", "functional", "plan"]
+MODULES = [
+    "runtime", "sweep", "parallel", "options", "kernels", "arrays", "memory", "norm", "groups",
+    "functional", "plan",
+]
 
 # -ffp-contract=off: without it some targets fuse a multiply and an add into one rounding, and
 # the bits would depend on the CPU. MSVC's /fp:precise does the same for its baseline.

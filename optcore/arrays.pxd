@@ -1,5 +1,6 @@
 """The border: a Python object becomes a checked array, or an error that names it."""
 from numpy cimport (
+    NPY_ARRAY_ALIGNED,
     NPY_ARRAY_C_CONTIGUOUS,
     NPY_ARRAY_F_CONTIGUOUS,
     NPY_ARRAY_WRITEABLE,
@@ -14,21 +15,23 @@ from numpy cimport (
     ndarray,
 )
 
-from optcore.sweep cimport FLOAT32, Dtype
+from cpython.object cimport PyObject
+
+from optcore.storage cimport FLOAT32, Storage
 
 # Which argument an array is, spelled out only when an error needs it: `what` alone,
 # what[index], or what[index] ('key').
 cdef struct Label:
     const char *what
     Py_ssize_t index
-
-cdef struct Span:               # the memory of one array
-    const char *begin
-    const char *end
-    Py_ssize_t owner
+    PyObject *keys              # where there is an index: a tuple or None that the maker holds
 
 
-# Asked of every array in every step, and so inline
+# Asked of every array in every step, and so inline. What does not pass is told by a call.
+
+cdef enum:
+    IN_ONE_PIECE = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS
+
 
 cdef inline Py_ssize_t size_of(ndarray array) noexcept:
     """PyArray_SIZE without its call."""
@@ -39,30 +42,47 @@ cdef inline Py_ssize_t size_of(ndarray array) noexcept:
     return size
 
 
-cdef inline bint is_dtype(ndarray array, Dtype dtype) noexcept:
-    return PyArray_TYPE(array) == (NPY_FLOAT if dtype == FLOAT32 else NPY_DOUBLE)
-
-
 cdef inline bint is_unmoved(
-    ndarray array, const void *data, Py_ssize_t size, Dtype dtype
+    ndarray array, const void *data, Py_ssize_t size, Storage storage
 ) noexcept:
     """Whether an array is yet what the border took: so many elements in one piece at `data`."""
     return (
         PyArray_DATA(array) == data
         and size_of(array) == size
-        and is_dtype(array, dtype)
+        and PyArray_TYPE(array) == (NPY_FLOAT if storage == FLOAT32 else NPY_DOUBLE)
         and PyArray_ISNOTSWAPPED(array)
         and PyArray_FLAGS(array) & NPY_ARRAY_WRITEABLE != 0
-        and PyArray_FLAGS(array) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS) != 0
+        and PyArray_FLAGS(array) & IN_ONE_PIECE != 0
     )
 
 
-cdef str spell(Label label, object keys)
-cdef ndarray check_param(object array, Label label, object keys)
-cdef ndarray check_like(object array, ndarray param, bint written, Label label, object keys)
-cdef Dtype dtype_of(ndarray array) noexcept
-cdef Span span_of(ndarray array, Py_ssize_t owner) noexcept
-cdef bint overlap(Span a, Span b) noexcept nogil
-cdef void sort_spans(Span *spans, Py_ssize_t n) noexcept nogil
-cdef Py_ssize_t first_overlap(const Span *spans, Py_ssize_t n) noexcept nogil
-cdef Py_ssize_t overlapped_by(const Span *spans, Py_ssize_t n, Span span) noexcept nogil
+cdef inline bint same_shape(ndarray a, ndarray b) noexcept:
+    cdef int axis
+    if PyArray_NDIM(a) != PyArray_NDIM(b):
+        return False
+    for axis in range(PyArray_NDIM(a)):
+        if PyArray_DIM(a, axis) != PyArray_DIM(b, axis):
+            return False
+    return True
+
+
+cdef inline bint fits(ndarray a, ndarray param, bint written) noexcept:
+    """Whether a gradient or a state can be stepped with its parameter.
+
+    One common order is enough: a row or a column is contiguous both ways.
+    """
+    cdef int needed = NPY_ARRAY_ALIGNED | (NPY_ARRAY_WRITEABLE if written else 0)
+    return (
+        PyArray_TYPE(a) == PyArray_TYPE(param)
+        and PyArray_ISNOTSWAPPED(a)
+        and PyArray_FLAGS(a) & needed == needed
+        and PyArray_FLAGS(a) & PyArray_FLAGS(param) & IN_ONE_PIECE != 0
+        and same_shape(a, param)
+    )
+
+
+cdef str spell(Label label)
+cdef ndarray as_ndarray(object array, bint written, Label label)
+cdef ndarray check_param(object array, Label label)
+cdef int refuse_misfit(ndarray a, ndarray param, bint written, Label label) except -1
+cdef Storage storage_of(ndarray array) noexcept

@@ -1,12 +1,12 @@
 """The border: every array of every entry passes here, once for each call.
 
-`check_param` and `check_like` cost a few loads on the way through and turn what they refuse
-into an error that names the argument, what was expected and what came. dtypes, masks and
-objects that are no arrays raise TypeError; layout, shape and overlap raise ValueError.
-Arrays of other libraries come in as NumPy views of their memory, made by `view_of` alone.
+An array comes in twice. `as_ndarray` turns it into NumPy's, which may run code of the user's;
+`check_param`, `fits` and `is_unmoved`, which cost a few loads, may not. All turn what they
+refuse into an error that names the argument, what was expected and what came. dtypes, masks and
+objects that are no arrays raise TypeError; layout and shape raise ValueError. Arrays of other
+libraries become NumPy views of their memory, made by `view_of` alone.
 """
 from cpython.buffer cimport PyObject_CheckBuffer
-from libc.stdlib cimport qsort
 from numpy cimport (
     NPY_ARRAY_ALIGNED,
     NPY_ARRAY_C_CONTIGUOUS,
@@ -17,18 +17,14 @@ from numpy cimport (
     PyArray_Check,
     PyArray_CheckExact,
     PyArray_CHKFLAGS,
-    PyArray_DATA,
-    PyArray_DIM,
     PyArray_FLAGS,
     PyArray_ISNOTSWAPPED,
-    PyArray_NBYTES,
-    PyArray_NDIM,
     PyArray_TYPE,
     import_array,
     ndarray,
 )
 
-from optcore.sweep cimport FLOAT32, FLOAT64
+from optcore.storage cimport FLOAT32, FLOAT64
 
 import sys
 
@@ -40,11 +36,12 @@ cdef enum:
     DLPACK_CPU = 1
 
 
-cdef str spell(Label label, object keys):
+cdef str spell(Label label):
     cdef str what = label.what.decode()
     if label.index < 0:
         return what
     what = f"{what}[{label.index}]"
+    keys = <object>label.keys
     if keys is not None and keys[label.index] is not None:
         what = f"{what} ({keys[label.index]!r})"
     return what
@@ -67,11 +64,11 @@ def is_array(source):
     )
 
 
-cdef object view_of(object source, bint written, Label label, object keys):
+cdef object view_of(object source, bint written, Label label):
     """Return a NumPy array over the very memory of `source`, which it keeps alive."""
     if not is_array(source):
         raise TypeError(
-            f"{spell(label, keys)} must be a NumPy array, got {type(source).__name__}"
+            f"{spell(label)} must be a NumPy array, got {type(source).__name__}"
         )
     try:
         if is_tensor(source):
@@ -86,141 +83,94 @@ cdef object view_of(object source, bint written, Label label, object keys):
         copied = written and np.from_dlpack(source).ctypes.data != view.ctypes.data
     except Exception as error:     # each library has errors of its own
         raise TypeError(
-            f"{spell(label, keys)} must be an array in CPU memory that NumPy can view, "
+            f"{spell(label)} must be an array in CPU memory that NumPy can view, "
             f"got {type(source).__name__}: {error}"
         ) from error
     if copied:
         raise ValueError(
-            f"{spell(label, keys)} must lend its memory, "
+            f"{spell(label)} must lend its memory, "
             f"got a copy from {type(source).__name__}.__dlpack__"
         )
     return view
 
 
-cdef ndarray check_array(object array, bint written, Label label, object keys):
-    """Check all that one array can be asked alone; return it, or its NumPy view."""
-    cdef ndarray a
-    if not PyArray_CheckExact(array):
-        if not PyArray_Check(array):        # isinstance would believe a proxy's __class__
-            array = view_of(array, written, label, keys)
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(
-                f"{spell(label, keys)} must be an array without a mask, got a masked array"
-            )
-    a = <ndarray>array
+cdef ndarray as_ndarray(object array, bint written, Label label):
+    """Return NumPy's array of that memory: the object itself, where it is one."""
+    if PyArray_CheckExact(array):
+        return <ndarray>array
+    if not PyArray_Check(array):        # isinstance would believe a proxy's __class__
+        array = view_of(array, written, label)
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{spell(label)} must be an array without a mask, got a masked array")
+    return <ndarray>array
+
+
+cdef int check_array(ndarray a, bint written, Label label) except -1:
+    """Check all that one array can be asked alone."""
+    cdef object array = a               # as Python sees it, for errors
     if PyArray_TYPE(a) != NPY_FLOAT and PyArray_TYPE(a) != NPY_DOUBLE:
         raise TypeError(
-            f"{spell(label, keys)} must have dtype float32 or float64, got {array.dtype}"
+            f"{spell(label)} must have dtype float32 or float64, got {array.dtype}"
         )
     if not PyArray_ISNOTSWAPPED(a):
         raise TypeError(
-            f"{spell(label, keys)} must have native byte order, got {array.dtype.str!r}"
+            f"{spell(label)} must have native byte order, got {array.dtype.str!r}"
         )
     if not PyArray_CHKFLAGS(a, NPY_ARRAY_ALIGNED):
         raise ValueError(
-            f"{spell(label, keys)} must be aligned to its items, "
+            f"{spell(label)} must be aligned to its items, "
             f"got data at address {array.ctypes.data:#x}"
         )
     if written and not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE):
-        raise ValueError(f"{spell(label, keys)} must be writeable, got a read-only array")
+        raise ValueError(f"{spell(label)} must be writeable, got a read-only array")
     if not PyArray_FLAGS(a) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS):
         raise ValueError(
-            f"{spell(label, keys)} must be contiguous, "
+            f"{spell(label)} must be contiguous, "
             f"got shape {array.shape} with strides {array.strides}"
         )
-    return a
+    return 0
 
 
-cdef ndarray check_param(object array, Label label, object keys):
+cdef ndarray check_param(object array, Label label):
     """Check a parameter: a writeable float32 or float64 array in one piece."""
-    return check_array(array, True, label, keys)
-
-
-cdef bint same_shape(ndarray a, ndarray b) noexcept:
-    cdef int axis
-    if PyArray_NDIM(a) != PyArray_NDIM(b):
-        return False
-    for axis in range(PyArray_NDIM(a)):
-        if PyArray_DIM(a, axis) != PyArray_DIM(b, axis):
-            return False
-    return True
+    cdef ndarray a = as_ndarray(array, True, label)
+    check_array(a, True, label)
+    return a
 
 
 cdef str order_of(ndarray array):
     return "C" if PyArray_CHKFLAGS(array, NPY_ARRAY_C_CONTIGUOUS) else "Fortran"
 
 
-cdef ndarray check_like(object array, ndarray param, bint written, Label label, object keys):
-    """Check a gradient or a velocity, alone and against its parameter."""
-    cdef ndarray a = check_array(array, written, label, keys)
+cdef int check_fit(ndarray a, ndarray param, str name) except -1:
     if PyArray_TYPE(a) != PyArray_TYPE(param):
-        raise TypeError(
-            f"{spell(label, keys)} has dtype {a.dtype}; its parameter has {param.dtype}"
-        )
+        raise TypeError(f"{name} has dtype {a.dtype}; its parameter has {param.dtype}")
     if not same_shape(a, param):
         raise ValueError(
-            f"{spell(label, keys)} has shape {(<object>a).shape}; "
-            f"its parameter has {(<object>param).shape}"
+            f"{name} has shape {(<object>a).shape}; its parameter has {(<object>param).shape}"
         )
-    # One common order is enough: a row or a column is contiguous both ways.
-    if not PyArray_FLAGS(a) & PyArray_FLAGS(param) & (
-        NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS
-    ):
-        raise ValueError(
-            f"{spell(label, keys)} is {order_of(a)}-contiguous; "
-            f"its parameter is {order_of(param)}-contiguous"
-        )
-    return a
+    return 0
 
 
-cdef Dtype dtype_of(ndarray array) noexcept:
+def check_saved(array, ndarray param, str name):
+    """Return a saved array of a parameter's dtype and shape, in any layout; None stays None."""
+    if array is None:
+        return None
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array or None, got {type(array).__name__}")
+    check_fit(array, param, name)
+    return array
+
+
+cdef int refuse_misfit(ndarray a, ndarray param, bint written, Label label) except -1:
+    """Say why a gradient or a state does not fit its parameter."""
+    check_array(a, written, label)
+    check_fit(a, param, spell(label))
+    raise ValueError(
+        f"{spell(label)} is {order_of(a)}-contiguous; "
+        f"its parameter is {order_of(param)}-contiguous"
+    )
+
+
+cdef Storage storage_of(ndarray array) noexcept:
     return FLOAT32 if PyArray_TYPE(array) == NPY_FLOAT else FLOAT64
-
-
-# Overlap. Spans are half-open; an empty array overlaps nothing.
-
-cdef Span span_of(ndarray array, Py_ssize_t owner) noexcept:
-    cdef Span span
-    span.begin = <const char *>PyArray_DATA(array)
-    span.end = span.begin + PyArray_NBYTES(array)
-    span.owner = owner
-    return span
-
-
-cdef bint overlap(Span a, Span b) noexcept nogil:
-    return a.begin < b.end and b.begin < a.end and a.begin < a.end and b.begin < b.end
-
-
-cdef int compare_spans(const void *a, const void *b) noexcept nogil:
-    cdef const Span *p = <const Span *>a
-    cdef const Span *q = <const Span *>b
-    if p.begin != q.begin:
-        return 1 if p.begin > q.begin else -1
-    return (p.end > q.end) - (p.end < q.end)
-
-
-cdef void sort_spans(Span *spans, Py_ssize_t n) noexcept nogil:
-    qsort(spans, n, sizeof(Span), compare_spans)
-
-
-cdef Py_ssize_t first_overlap(const Span *spans, Py_ssize_t n) noexcept nogil:
-    """Index of a span that overlaps its predecessor among sorted non-empty ones, or -1."""
-    cdef Py_ssize_t i
-    for i in range(1, n):
-        if spans[i].begin < spans[i - 1].end:
-            return i
-    return -1
-
-
-cdef Py_ssize_t overlapped_by(const Span *spans, Py_ssize_t n, Span span) noexcept nogil:
-    """Index of one of the sorted, disjoint, non-empty spans that `span` overlaps, or -1."""
-    cdef Py_ssize_t low = 0, high = n, middle
-    if span.begin == span.end:
-        return -1
-    while low < high:               # the first that ends after span begins
-        middle = (low + high) // 2
-        if spans[middle].end > span.begin:
-            high = middle
-        else:
-            low = middle + 1
-    return low if low < n and spans[low].begin < span.end else -1

@@ -1,86 +1,81 @@
 """The functional API: one step of one rule on arrays that the caller keeps."""
-from libc.math cimport INFINITY
-from numpy cimport PyArray_DATA, PyArray_SIZE, import_array, ndarray
+from numpy cimport PyArray_DATA, import_array, ndarray
 
-from optcore.arrays cimport Label, check_like, check_param, dtype_of, overlap, span_of
-from optcore.kernels cimport optcore_options
-from optcore.options cimport (
-    FAMILY_MOMENTUM,
-    FAMILY_NESTEROV,
-    FAMILY_SGD,
-    FRACTION,
-    NONNEGATIVE,
-    POSITIVE,
-    Family,
-    check_options,
-    choose_rule,
-    combine,
-    default_options,
-    flag,
-    number,
+from optcore cimport rules
+from optcore.arrays cimport (
+    Label,
+    as_ndarray,
+    check_param,
+    fits,
+    refuse_misfit,
+    size_of,
+    spell,
+    storage_of,
 )
-from optcore.parallel cimport GIL_HELD_BELOW, sweep_all
-from optcore.sweep cimport STEP, Dtype, Scalars, Tensor, one_tensor
+from optcore.memory cimport overlap, span_of
+from optcore.options cimport Options, check_options, combine, default_options, take, variant_of
+from optcore.parallel cimport sweep_all
+from optcore.rules cimport RULE_ROWS, Rule, Scalars
+from optcore.storage cimport FLOAT32, Stream, arithmetic_of
+from optcore.sweep cimport STEP, Tensor, one_tensor
 
 import_array()
 
 
-cdef int refuse_overlap(ndarray a, str name_a, ndarray b, str name_b) except -1:
-    if overlap(span_of(a, 0), span_of(b, 0)):
-        raise ValueError(f"{name_b} must not share memory with {name_a}, got overlapping arrays")
-    return 0
-
-
-cdef int step_arrays(
-    Family family, object param, object grad, object velocity, const optcore_options *o
-) except -1:
-    """Check everything, then step."""
-    cdef ndarray x = check_param(param, Label(b"param", -1), None)
-    cdef ndarray g = check_like(grad, x, False, Label(b"grad", -1), None)
-    cdef ndarray v
-    cdef void *grads = PyArray_DATA(g)
-    cdef void *velocities = NULL
-    cdef Dtype dtype = dtype_of(x)
-    cdef Py_ssize_t size = PyArray_SIZE(x)
+cdef int step_arrays(Rule rule, tuple arrays, const Options *o) except -1:
+    """Check everything, then step; `arrays` are the parameter, its gradient and the states."""
+    cdef ndarray x, a
     cdef Scalars scalars
+    cdef Stream gradient
     cdef Tensor t
-    refuse_overlap(x, "param", g, "grad")
-    if family != FAMILY_SGD:
-        v = check_like(velocity, x, True, Label(b"velocity", -1), None)
-        refuse_overlap(x, "param", v, "velocity")
-        refuse_overlap(g, "grad", v, "velocity")
-        velocities = PyArray_DATA(v)
-    check_options(family, o, dtype)
-    scalars = combine(o)
-    t = one_tensor(
-        PyArray_DATA(x), &grads, velocities, size, dtype,
-        choose_rule(family, o, o.first_step), &scalars
-    )
-    if size < GIL_HELD_BELOW:
-        sweep_all(STEP, &t, 1, size)
-    else:
-        with nogil:
-            sweep_all(STEP, &t, 1, size)
+    cdef Py_ssize_t i, k
+    for i in range(len(arrays)):
+        if type(arrays[i]) is not ndarray:
+            arrays = tuple([as_ndarray(array, k != 1, label_of(rule, k))
+                            for k, array in enumerate(arrays)])
+            break
+    x = check_param(arrays[0], label_of(rule, 0))
+    for i in range(1, len(arrays)):
+        a = <ndarray>arrays[i]
+        if not fits(a, x, i > 1):
+            refuse_misfit(a, x, i > 1, label_of(rule, i))
+        for k in range(i):
+            if overlap(span_of(a, i), span_of(<ndarray>arrays[k], k)):
+                raise ValueError(
+                    f"{spell(label_of(rule, i))} must not share memory with "
+                    f"{spell(label_of(rule, k))}, got overlapping arrays"
+                )
+    check_options(rule, o, arithmetic_of(storage_of(x)) == FLOAT32)
+    scalars = combine(&o.kernel)
+    gradient = Stream(PyArray_DATA(<ndarray>arrays[1]), storage_of(x))
+    t = one_tensor(PyArray_DATA(x), storage_of(x), size_of(x), &gradient, &scalars)
+    t.rule = rule
+    t.variant = variant_of(rule, &o.kernel, o.kernel.first_step)
+    for k in range(2, len(arrays)):
+        t.states[k - 2].data = PyArray_DATA(<ndarray>arrays[k])
+    sweep_all(STEP, &t, 1, t.size)
     return 0
 
 
-cdef int read_gradient_options(
-    optcore_options *o,
-    object lr,
-    object weight_decay,
-    object decoupled_weight_decay,
-    object maximize,
-    object grad_scale,
-    object clip_value,
+cdef Label label_of(Rule rule, Py_ssize_t i) noexcept:
+    """The name of an argument of arrays: the parameter, its gradient, its states."""
+    if i < 2:
+        return Label(b"param" if i == 0 else b"grad", -1, NULL)
+    return Label(RULE_ROWS[rule].states[i - 2], -1, NULL)
+
+
+cdef int take_gradient_options(
+    Options *o, object lr, object weight_decay, object decoupled_weight_decay, object maximize,
+    object grad_scale, object clip_value,
 ) except -1:
-    """Read the options that every rule has."""
+    """Take the options that every rule has."""
     o[0] = default_options()
-    o.lr = number(lr, "lr", NONNEGATIVE)
-    o.weight_decay = number(weight_decay, "weight_decay", NONNEGATIVE)
-    o.decoupled_weight_decay = flag(decoupled_weight_decay, "decoupled_weight_decay")
-    o.maximize = flag(maximize, "maximize")
-    o.grad_scale = number(grad_scale, "grad_scale", POSITIVE)
-    o.clip_value = INFINITY if clip_value is None else number(clip_value, "clip_value", NONNEGATIVE)
+    take(o, &o.kernel.lr, lr)
+    take(o, &o.kernel.weight_decay, weight_decay)
+    take(o, &o.kernel.decoupled_weight_decay, decoupled_weight_decay)
+    take(o, &o.kernel.maximize, maximize)
+    take(o, &o.kernel.grad_scale, grad_scale)
+    take(o, &o.kernel.clip_value, clip_value)
     return 0
 
 
@@ -142,11 +137,11 @@ def sgd_step(
     >>> x
     array([0.5, 0.5, 0.5], dtype=float32)
     """
-    cdef optcore_options o
-    read_gradient_options(
+    cdef Options o
+    take_gradient_options(
         &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
     )
-    step_arrays(FAMILY_SGD, param, grad, None, &o)
+    step_arrays(rules.SGD, (param, grad), &o)
 
 
 def momentum_step(
@@ -202,15 +197,15 @@ def momentum_step(
     -----
     The rule is the second of CS231n (2017), lecture 7.
     """
-    cdef optcore_options o
-    read_gradient_options(
+    cdef Options o
+    take_gradient_options(
         &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
     )
-    o.momentum = number(momentum, "momentum", FRACTION)
-    o.dampening = number(dampening, "dampening", FRACTION)
-    o.first_step = flag(first_step, "first_step")
-    o.lr_in_velocity = flag(lr_in_velocity, "lr_in_velocity")
-    step_arrays(FAMILY_MOMENTUM, param, grad, velocity, &o)
+    take(&o, &o.kernel.momentum, momentum)
+    take(&o, &o.kernel.dampening, dampening)
+    take(&o, &o.kernel.first_step, first_step)
+    take(&o, &o.kernel.lr_in_velocity, lr_in_velocity)
+    step_arrays(rules.MOMENTUM, (param, grad, velocity), &o)
 
 
 def nesterov_step(
@@ -261,10 +256,10 @@ def nesterov_step(
     The rule is the third of CS231n (2017), lecture 7, which writes it
     ``v = momentum * v_old - lr * d; x += -momentum * v_old + (1 + momentum) * v``.
     """
-    cdef optcore_options o
-    read_gradient_options(
+    cdef Options o
+    take_gradient_options(
         &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
     )
-    o.momentum = number(momentum, "momentum", FRACTION)
-    o.lr_in_velocity = flag(lr_in_velocity, "lr_in_velocity")
-    step_arrays(FAMILY_NESTEROV, param, grad, velocity, &o)
+    take(&o, &o.kernel.momentum, momentum)
+    take(&o, &o.kernel.lr_in_velocity, lr_in_velocity)
+    step_arrays(rules.NESTEROV, (param, grad, velocity), &o)

@@ -1,100 +1,98 @@
-"""The C-level entries: one for each rule and dtype, and one table that hands them out.
+"""The C-level entries: one table that hands them out, and every rule's functions by name.
 
 C and C++ (include/optcore.h) fetch the table from the capsule ``_C_API``, Cython (kernels.pxd)
-from the exported variable, Numba and others the functions one by one from `functions`.
+from the exported variable, Numba and others the functions one by one from `functions`. Those
+are the header's own, compiled here: a rule in its list is a function without a further line.
 """
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
+from libc.string cimport memcpy
 
-from optcore.options cimport (
-    FAMILY_MOMENTUM,
-    FAMILY_NESTEROV,
-    FAMILY_SGD,
-    Family,
-    choose_rule,
-    combine,
-    default_options,
-)
-from optcore.rules cimport Rule
-from optcore.sweep cimport FLOAT32, FLOAT64, STEP, Dtype, Scalars, Tensor, one_tensor, sweep_in_use
+from optcore.options cimport combine, default_options, variant_of
+from optcore.rules cimport N_RULES, RULE_ROWS, Scalars
+from optcore.storage cimport FLOAT32, FLOAT64, Storage, Stream
+from optcore.sweep cimport STEP, Tensor, one_tensor, sweep_in_use
 
 import ctypes
 
 import numpy as np
 
 from optcore._version import __version__
+from optcore.options import KERNEL_OPTIONS
+
+cdef extern from *:
+    """
+    #define OPTCORE_F32_0(rule) (void *)optcore_##rule##_f32,
+    #define OPTCORE_F32_1(rule, s) OPTCORE_F32_0(rule)
+    #define OPTCORE_F32_2(rule, s, t) OPTCORE_F32_0(rule)
+    #define OPTCORE_F32_3(rule, s, t, u) OPTCORE_F32_0(rule)
+    #define OPTCORE_F64_0(rule) (void *)optcore_##rule##_f64,
+    #define OPTCORE_F64_1(rule, s) OPTCORE_F64_0(rule)
+    #define OPTCORE_F64_2(rule, s, t) OPTCORE_F64_0(rule)
+    #define OPTCORE_F64_3(rule, s, t, u) OPTCORE_F64_0(rule)
+    static void *const optcore_functions_f32[] = {
+        OPTCORE_RULES(OPTCORE_F32_0, OPTCORE_F32_1, OPTCORE_F32_2, OPTCORE_F32_3)
+    };
+    static void *const optcore_functions_f64[] = {
+        OPTCORE_RULES(OPTCORE_F64_0, OPTCORE_F64_1, OPTCORE_F64_2, OPTCORE_F64_3)
+    };
+    """
+    void *optcore_functions_f32[]
+    void *optcore_functions_f64[]
+    const optcore_api *optcore_table
+
+cdef extern from "Python.h":
+    void Py_FatalError(const char *) nogil      # prints, and needs no GIL
+
+cdef optcore_options DEFAULTS = default_options().kernel
+# Of the first optcore_options that had a size
+cdef size_t LEAST_SIZE = <const char *>(&DEFAULTS.first_step + 1) - <const char *>&DEFAULTS
+
+
+cdef void defaults(optcore_options *options, size_t size) noexcept nogil:
+    """Fill as much of the options as the caller was compiled with."""
+    cdef optcore_options o = DEFAULTS
+    o.size = min(size, sizeof(o))
+    memcpy(options, &o, o.size)
 
 
 cdef void step_pointers(
-    Family family,
-    Dtype dtype,
-    void *param,
-    const void *grad,
-    void *velocity,
-    Py_ssize_t n,
+    int rule, Storage storage, void *param, const void *grad, void **states, Py_ssize_t n,
     const optcore_options *options,
 ) noexcept nogil:
-    cdef Scalars scalars = combine(options)
-    cdef void *grads = <void *>grad
-    cdef Rule rule = choose_rule(family, options, options.first_step)
-    cdef Tensor t = one_tensor(param, &grads, velocity, n, dtype, rule, &scalars)
+    cdef optcore_options o = DEFAULTS
+    cdef Scalars scalars
+    cdef Stream gradient
+    cdef Tensor t
+    cdef int k
+    if rule < 0 or rule >= N_RULES:
+        Py_FatalError("optcore: there is no rule of this number")
+    if options.size < LEAST_SIZE or options.size > sizeof(o):
+        Py_FatalError("optcore: options must be made by optcore_defaults() or make_options()")
+    memcpy(&o, options, options.size)   # a caller compiled with fewer has the defaults of the rest
+    scalars = combine(&o)
+    gradient.data = <void *>grad
+    gradient.storage = storage
+    t = one_tensor(param, storage, n, &gradient, &scalars)
+    for k in range(RULE_ROWS[rule].n_states):
+        t.states[k].data = states[k]
+    t.rule = rule
+    t.variant = variant_of(rule, &o, o.first_step)
     sweep_in_use()(STEP, &t, 0, n)
 
 
-cdef optcore_options defaults() noexcept nogil:
-    return default_options()
-
-
-cdef void sgd_f32(
-    float *param, const float *grad, Py_ssize_t n, const optcore_options *options
-) noexcept nogil:
-    step_pointers(FAMILY_SGD, FLOAT32, param, grad, NULL, n, options)
-
-
-cdef void sgd_f64(
-    double *param, const double *grad, Py_ssize_t n, const optcore_options *options
-) noexcept nogil:
-    step_pointers(FAMILY_SGD, FLOAT64, param, grad, NULL, n, options)
-
-
-cdef void momentum_f32(
-    float *param,
-    const float *grad,
-    float *velocity,
-    Py_ssize_t n,
+cdef void step_f32(
+    int rule, float *param, const float *grad, float **states, Py_ssize_t n,
     const optcore_options *options,
 ) noexcept nogil:
-    step_pointers(FAMILY_MOMENTUM, FLOAT32, param, grad, velocity, n, options)
+    step_pointers(rule, FLOAT32, param, grad, <void **>states, n, options)
 
 
-cdef void momentum_f64(
-    double *param,
-    const double *grad,
-    double *velocity,
-    Py_ssize_t n,
+cdef void step_f64(
+    int rule, double *param, const double *grad, double **states, Py_ssize_t n,
     const optcore_options *options,
 ) noexcept nogil:
-    step_pointers(FAMILY_MOMENTUM, FLOAT64, param, grad, velocity, n, options)
-
-
-cdef void nesterov_f32(
-    float *param,
-    const float *grad,
-    float *velocity,
-    Py_ssize_t n,
-    const optcore_options *options,
-) noexcept nogil:
-    step_pointers(FAMILY_NESTEROV, FLOAT32, param, grad, velocity, n, options)
-
-
-cdef void nesterov_f64(
-    double *param,
-    const double *grad,
-    double *velocity,
-    Py_ssize_t n,
-    const optcore_options *options,
-) noexcept nogil:
-    step_pointers(FAMILY_NESTEROV, FLOAT64, param, grad, velocity, n, options)
+    step_pointers(rule, FLOAT64, param, grad, <void **>states, n, options)
 
 
 cdef bytes version = __version__.encode()
@@ -103,42 +101,22 @@ table.abi_version = OPTCORE_ABI_VERSION
 table.api_size = sizeof(optcore_api)
 table.options_size = sizeof(optcore_options)
 table.version = version
+table.n_rules = N_RULES
 table.defaults = defaults
-table.sgd_f32 = sgd_f32
-table.sgd_f64 = sgd_f64
-table.momentum_f32 = momentum_f32
-table.momentum_f64 = momentum_f64
-table.nesterov_f32 = nesterov_f32
-table.nesterov_f64 = nesterov_f64
+table.step_f32 = step_f32
+table.step_f64 = step_f64
 
-optcore_abi_1 = &table
+optcore_table = optcore_abi_2 = &table
 _C_API = PyCapsule_New(&table, "optcore.kernels._C_API", NULL)
 
 ABI_VERSION = OPTCORE_ABI_VERSION
 
-
-cdef dict field_offsets():
-    cdef optcore_options o
-    cdef char *start = <char *>&o
-    return {
-        "lr": <char *>&o.lr - start,
-        "momentum": <char *>&o.momentum - start,
-        "dampening": <char *>&o.dampening - start,
-        "weight_decay": <char *>&o.weight_decay - start,
-        "grad_scale": <char *>&o.grad_scale - start,
-        "clip_value": <char *>&o.clip_value - start,
-        "maximize": <char *>&o.maximize - start,
-        "decoupled_weight_decay": <char *>&o.decoupled_weight_decay - start,
-        "lr_in_velocity": <char *>&o.lr_in_velocity - start,
-        "first_step": <char *>&o.first_step - start,
-    }
-
-
 # One element is an optcore_options, laid out as the C compiler did.
 options_dtype = np.dtype({
-    "names": list(field_offsets()),
-    "formats": 6 * [np.double] + 4 * [np.intc],
-    "offsets": list(field_offsets().values()),
+    "names": ["size", *KERNEL_OPTIONS],
+    "formats": [np.uintp, *[np.intc if row.default is False else np.double
+                            for row in KERNEL_OPTIONS.values()]],
+    "offsets": [0, *[row.offset for row in KERNEL_OPTIONS.values()]],
     "itemsize": sizeof(optcore_options),
 })
 
@@ -149,8 +127,8 @@ def make_options(**fields):
     Parameters
     ----------
     **fields : float or bool
-        What differs from the defaults, by the names in `options_dtype`. As with the C struct,
-        values are not checked.
+        What differs from the defaults, by the names in `options_dtype`; its ``"size"`` is set
+        already. As with the C struct, values are not checked.
 
     Returns
     -------
@@ -161,7 +139,7 @@ def make_options(**fields):
     Raises
     ------
     TypeError
-        For a name that is no field.
+        For a name that is no option.
 
     Examples
     --------
@@ -170,14 +148,13 @@ def make_options(**fields):
     >>> float(options[0]["momentum"]), float(options[0]["grad_scale"])
     (0.9, 1.0)
     """
-    cdef optcore_options o = default_options()
-    cdef const char *start = <const char *>&o
-    options = np.frombuffer(start[:sizeof(o)], dtype=options_dtype).copy()
+    cdef const char *start = <const char *>&DEFAULTS
+    options = np.frombuffer(start[:sizeof(DEFAULTS)], dtype=options_dtype).copy()
     for name, value in fields.items():
-        if name not in options_dtype.fields:
+        if name not in KERNEL_OPTIONS:
             raise TypeError(
-                f"make_options() takes the fields of options_dtype "
-                f"({', '.join(options_dtype.names)}), got {name!r}"
+                f"make_options() takes the options in options_dtype "
+                f"({', '.join(KERNEL_OPTIONS)}), got {name!r}"
             )
         options[name] = value
     return options
@@ -192,14 +169,12 @@ def addresses():
         ``"optcore_momentum_f32"`` and so on, one for each rule and dtype. They stay valid, and
         the same, until the process ends. The signatures are those of ``optcore.h``.
     """
-    return {
-        "optcore_sgd_f32": <uintptr_t>&sgd_f32,
-        "optcore_sgd_f64": <uintptr_t>&sgd_f64,
-        "optcore_momentum_f32": <uintptr_t>&momentum_f32,
-        "optcore_momentum_f64": <uintptr_t>&momentum_f64,
-        "optcore_nesterov_f32": <uintptr_t>&nesterov_f32,
-        "optcore_nesterov_f64": <uintptr_t>&nesterov_f64,
-    }
+    found = {}
+    for rule in range(N_RULES):
+        name = RULE_ROWS[rule].name.decode()
+        found[f"optcore_{name}_f32"] = <uintptr_t>optcore_functions_f32[rule]
+        found[f"optcore_{name}_f64"] = <uintptr_t>optcore_functions_f64[rule]
+    return found
 
 
 def functions():
@@ -211,9 +186,9 @@ def functions():
     Returns
     -------
     dict of str to ctypes function
-        For SGD ``(param, grad, n, options)``, for the others ``(param, grad, velocity, n,
-        options)``. In compiled code arrays are passed as ``array.ctypes``, the options too,
-        which are an array that `make_options` returned.
+        ``(param, grad, *states, n, options)``: none for SGD, the velocity for the others. In
+        compiled code arrays are passed as ``array.ctypes``, the options too, which are an array
+        that `make_options` returned.
 
     Notes
     -----
@@ -221,9 +196,10 @@ def functions():
     overlap.
     """
     arrays = {"32": ctypes.POINTER(ctypes.c_float), "64": ctypes.POINTER(ctypes.c_double)}
+    n_states = {RULE_ROWS[rule].name.decode(): RULE_ROWS[rule].n_states for rule in range(N_RULES)}
     found = {}
     for name, address in addresses().items():
-        n_arrays = 2 if "_sgd_" in name else 3
+        n_arrays = 2 + n_states[name[len("optcore_") : -len("_f32")]]
         signature = ctypes.CFUNCTYPE(
             None, *n_arrays * [arrays[name[-2:]]], ctypes.c_ssize_t, ctypes.c_void_p
         )

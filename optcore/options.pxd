@@ -1,49 +1,51 @@
-"""Hyper-parameters: from Python objects to checked numbers, and from these to Scalars."""
-from libc.math cimport INFINITY
-
+"""Hyper-parameters: the one table of options, and the way of their values into the kernels."""
 from optcore.kernels cimport optcore_options
-from optcore.rules cimport (
-    MOMENTUM,
-    MOMENTUM_FIRST,
-    MOMENTUM_LR_IN_VELOCITY,
-    NESTEROV,
-    NESTEROV_LR_IN_VELOCITY,
-    SGD,
-    Rule,
-)
-from optcore.sweep cimport Dtype, Scalars
-
-# The rules by the names users give them; velocity convention and first step pick the loop.
-cdef enum Family:
-    FAMILY_SGD
-    FAMILY_MOMENTUM
-    FAMILY_NESTEROV
+from optcore.rules cimport FIRST, LR_IN_VELOCITY, PLAIN, Rule, Scalars, Variant, has_variant
 
 cdef enum Range:
     NONNEGATIVE     # finite, >= 0
     POSITIVE        # finite, > 0
     FRACTION        # in [0, 1)
+    FLAG            # True or False
+
+# Every option there is, those that a kernel takes first.
+cdef struct Options:
+    optcore_options kernel
+    double max_norm         # infinity: none
+    double ema_decay
+    int nesterov
+    int skip_nonfinite
+    int track_grad_norm
+
+cdef struct Row:            # of the table, as C reads it
+    Range range
+    bint optional           # None is infinity
+    int refused             # by which of the conditions
+    Py_ssize_t offset       # in Options
+
+cdef Options default_options() noexcept nogil
+cdef const Row *row_at(int i) noexcept
+cdef str name_at(int i)
+cdef int row_named(str name) except -1
+
+cdef double number(object value, str name, Range allowed) except? -1
+cdef bint flag(object value, str name) except -1
+cdef object as_schedule(object value)
+cdef bint is_fixed(object value)
+cdef int take_row(Options *o, int i, object value, str name) except -1
+cdef int take(Options *o, const void *field, object value) except -1
+cdef object value_of(const Options *o, int i)
+cdef int check_row(const Options *o, int i, str name) except -1
+cdef int check_options(
+    Rule rule, const Options *o, bint as_float32, str prefix=*
+) except -1
 
 
-cdef inline Rule choose_rule(
-    Family family, const optcore_options *o, bint first_step
-) noexcept nogil:
-    if family == FAMILY_SGD:
-        return SGD
-    if family == FAMILY_NESTEROV:
-        return NESTEROV_LR_IN_VELOCITY if o.lr_in_velocity else NESTEROV
-    if o.lr_in_velocity:
-        return MOMENTUM_LR_IN_VELOCITY
-    return MOMENTUM_FIRST if first_step and o.dampening != 0 else MOMENTUM
-
-
-cdef inline optcore_options default_options() noexcept nogil:
-    cdef optcore_options o
-    o.lr = o.momentum = o.dampening = o.weight_decay = 0
-    o.grad_scale = 1
-    o.clip_value = INFINITY
-    o.maximize = o.decoupled_weight_decay = o.lr_in_velocity = o.first_step = False
-    return o
+cdef inline Variant variant_of(Rule rule, const optcore_options *o, bint first_step) noexcept nogil:
+    """Which of a rule's equations its options choose."""
+    if o.lr_in_velocity and has_variant(rule, LR_IN_VELOCITY):
+        return LR_IN_VELOCITY
+    return FIRST if first_step and o.dampening != 0 and has_variant(rule, FIRST) else PLAIN
 
 
 cdef inline Scalars combine(const optcore_options *o) noexcept nogil:
@@ -59,11 +61,3 @@ cdef inline Scalars combine(const optcore_options *o) noexcept nogil:
     s.ema_decay = 0
     s.ema_weight = 1
     return s
-
-
-cdef double number(object value, str name, Range allowed) except? -1
-cdef int check_rounding(str name, double x) except -1
-cdef bint flag(object value, str name) except -1
-cdef int check_options(
-    Family family, const optcore_options *o, Dtype dtype, str prefix=*
-) except -1

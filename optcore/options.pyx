@@ -1,9 +1,15 @@
-"""Hyper-parameters: a Python object becomes a checked number, or an error that names it."""
+"""Hyper-parameters: the table of options, and a Python object becomes a checked number or flag.
+
+`OPTIONS` is the only list of them. Groups, functions, adapters and `make_options` read it, and
+tests hold the C struct, the signatures and the stubs to it.
+"""
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from libc.math cimport INFINITY, isfinite, isinf
+from libc.string cimport memset
 
-from optcore.sweep cimport FLOAT32
+from optcore.rules cimport NESTEROV, RULE_ROWS, SGD
 
+from collections import namedtuple
 from numbers import Real
 
 import numpy as np
@@ -12,34 +18,175 @@ RANGES = {
     NONNEGATIVE: "a finite number >= 0",
     POSITIVE: "a finite number > 0",
     FRACTION: "a number in [0, 1)",
+    FLAG: "True or False",
 }
+
+# What an option may be refused with, and how that is said
+cdef enum Condition:
+    NO_MOMENTUM = 1
+    NOT_DAMPED = 2          # a rule without dampening
+    VELOCITY_HAS_LR = 4
+    VELOCITY_LACKS_LR = 8   # a rule without that convention
+    OTHER_RULE = 16         # than the option chooses
+    NORM_CLIPPED = 32
+REFUSALS = {
+    NO_MOMENTUM: "{name} must have momentum > 0, got momentum=0",
+    NOT_DAMPED: "{name} must be 0 with {rule}, got {value!r}",
+    VELOCITY_HAS_LR: "{name} must be 0 with lr_in_velocity=True, got {value!r}",
+    VELOCITY_LACKS_LR: "{name} must be False with {rule}, got {value!r}",
+    OTHER_RULE: "{name} must be False with {rule}, got {value!r}",
+    NORM_CLIPPED: "{name} and max_norm exclude each other",
+}
+
+# Who holds an option: a key of param_groups, an argument of one step, an attribute
+GROUP, CALL, OPTIMIZER = "group", "call", "optimizer"
+Option = namedtuple("Option", ["name", "range", "default", "holder", "refused", "offset"])
+
+cdef Options sample
+cdef const char *start = <const char *>&sample
+# In the order of their fields. A default of None in a range of numbers means none, and infinity
+# to the kernels; lr has no default.
+OPTIONS = {row.name: row for row in [Option(*row) for row in (
+    ("lr", NONNEGATIVE, None, GROUP, 0, <char *>&sample.kernel.lr - start),
+    ("momentum", FRACTION, 0.0, GROUP, 0, <char *>&sample.kernel.momentum - start),
+    ("dampening", FRACTION, 0.0, GROUP, NO_MOMENTUM | NOT_DAMPED | VELOCITY_HAS_LR,
+     <char *>&sample.kernel.dampening - start),
+    ("weight_decay", NONNEGATIVE, 0.0, GROUP, 0, <char *>&sample.kernel.weight_decay - start),
+    ("grad_scale", POSITIVE, 1.0, CALL, 0, <char *>&sample.kernel.grad_scale - start),
+    ("clip_value", NONNEGATIVE, None, GROUP, NORM_CLIPPED,
+     <char *>&sample.kernel.clip_value - start),
+    ("maximize", FLAG, False, GROUP, 0, <char *>&sample.kernel.maximize - start),
+    ("decoupled_weight_decay", FLAG, False, GROUP, 0,
+     <char *>&sample.kernel.decoupled_weight_decay - start),
+    ("lr_in_velocity", FLAG, False, GROUP, VELOCITY_LACKS_LR,
+     <char *>&sample.kernel.lr_in_velocity - start),
+    ("first_step", FLAG, False, CALL, 0, <char *>&sample.kernel.first_step - start),
+    ("max_norm", NONNEGATIVE, None, OPTIMIZER, 0, <char *>&sample.max_norm - start),
+    ("ema_decay", FRACTION, None, OPTIMIZER, 0, <char *>&sample.ema_decay - start),
+    ("nesterov", FLAG, False, GROUP, NO_MOMENTUM | OTHER_RULE, <char *>&sample.nesterov - start),
+    ("skip_nonfinite", FLAG, False, OPTIMIZER, 0, <char *>&sample.skip_nonfinite - start),
+    ("track_grad_norm", FLAG, False, OPTIMIZER, 0, <char *>&sample.track_grad_norm - start),
+)]}
+
+
+def defaults_of(holder):
+    """Return the options of one holder by name, each with its default, lr first."""
+    return {row.name: row.default for row in OPTIONS.values() if row.holder == holder}
+
+
+GROUP_OPTIONS = defaults_of(GROUP)
+OPTIMIZER_OPTIONS = defaults_of(OPTIMIZER)
+# The fields of optcore_options
+KERNEL_OPTIONS = {name: row for name, row in OPTIONS.items()
+                  if row.offset < <Py_ssize_t>sizeof(optcore_options)}
+
+cdef tuple names = tuple(OPTIONS)
+cdef Row[32] rows
+cdef int[64] rows_by_field      # by the field's place in Options, in units of an int
+cdef int[32] rounded, refusable     # rows of what kernels round, of what may be refused
+cdef int n_rounded = 0, n_refusable = 0
+cdef Options defaults
+
+
+cdef int lay_rows() except -1:
+    """Put the table, and the options it gives, where C reads them."""
+    global n_rounded, n_refusable
+    cdef int i
+    cdef char *field
+    memset(&defaults, 0, sizeof(defaults))
+    defaults.kernel.size = sizeof(optcore_options)
+    for i, (name, range, default, _, refused, offset) in enumerate(OPTIONS.values()):
+        rows[i].range = range
+        rows[i].optional = default is None and name != "lr"
+        rows[i].refused = refused
+        rows[i].offset = offset
+        if range != FLAG and name in KERNEL_OPTIONS:
+            rounded[n_rounded] = i
+            n_rounded += 1
+        if refused:
+            refusable[n_refusable] = i
+            n_refusable += 1
+        rows_by_field[rows[i].offset // <Py_ssize_t>sizeof(int)] = i
+        field = <char *>&defaults + rows[i].offset
+        if range != FLAG:
+            (<double *>field)[0] = INFINITY if rows[i].optional else default or 0
+    return 0
+
+
+lay_rows()
+
+
+cdef Options default_options() noexcept nogil:
+    return defaults
+
+
+cdef const Row *row_at(int i) noexcept:
+    return &rows[i]
+
+
+cdef str name_at(int i):
+    return names[i]
+
+
+cdef int row_named(str name) except -1:
+    return names.index(name)
+
+
+# From an object to a number
+
+cdef inline bint is_within(double x, Range allowed) noexcept:
+    return (
+        isfinite(x)
+        and (x > 0 or (x == 0 and allowed != POSITIVE))
+        and (x < 1 or allowed != FRACTION)
+    )
 
 
 cdef double number(object value, str name, Range allowed) except? -1:
     """Return `value` as a float64 in the allowed range.
 
-    Raises TypeError for anything but a real number (bool, too, is refused: a flag passed as a
-    number is a mistake) and ValueError outside the range.
+    A number is a real one of Python's or NumPy's, and whatever has `__float__` and one element:
+    a 0-d array, a tensor. Raises TypeError for anything else (bool, too, is refused: a flag
+    passed as a number is a mistake) and ValueError outside the range.
     """
     cdef double x
     if PyFloat_CheckExact(value):
         x = PyFloat_AS_DOUBLE(value)
-    elif isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(
-            f"{name} must be {RANGES[allowed]}, got {value!r} of type {type(value).__name__}"
-        )
     else:
         try:
-            x = float(value)
-        except OverflowError:
-            x = INFINITY
-    if (
-        isfinite(x)
-        and (x > 0 or (x == 0 and allowed != POSITIVE))
-        and (x < 1 or allowed != FRACTION)
-    ):
+            plain = plain_number(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be {RANGES[allowed]}, got {value!r} of type "
+                f"{type(value).__name__}: {error}"
+            ) from error
+        if plain is None:
+            raise TypeError(
+                f"{name} must be {RANGES[allowed]}, got {value!r} of type {type(value).__name__}"
+            )
+        x = plain
+    if is_within(x, allowed):
         return x
     raise ValueError(f"{name} must be {RANGES[allowed]}, got {value!r}")
+
+
+cdef object plain_number(object value):
+    """Return what a number of any library is as a float; None for what is none."""
+    if not isinstance(value, Real) and hasattr(type(value), "item"):
+        kind = getattr(getattr(value, "dtype", None), "kind", None)
+        if np.prod(value.shape) != 1 or kind in ("m", "M") or isinstance(value, np.ma.MaskedArray):
+            return None
+        value = value.item()
+    if (
+        isinstance(value, (bool, np.bool_, str, bytes))
+        or isinstance(value, type)
+        or not hasattr(type(value), "__float__")
+    ):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return INFINITY
 
 
 cdef bint flag(object value, str name) except -1:
@@ -52,47 +199,124 @@ cdef bint flag(object value, str name) except -1:
     raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
-cdef int check_rounding(str name, double x) except -1:
-    """Refuse a number that float32 arithmetic would turn into another kind of number."""
-    cdef float rounded = <float>x
-    if isinf(rounded) or (rounded == 0 and x != 0):
-        raise ValueError(
-            f"{name} must keep its kind when rounded to float32, got {x!r}, which becomes "
-            f"{rounded!r}"
-        )
+def checked(option, value, name):
+    """Return a number as an option takes it, a float; errors call it by `name`."""
+    return number(value, name, OPTIONS[option].range)
+
+
+cdef object as_schedule(object value):
+    """Return a value that is to be called with the count of steps; None for any other."""
+    return value if callable(value) and not isinstance(value, type) else None
+
+
+cdef bint is_fixed(object value):
+    """Whether a value stays what it is while its object does; an array's element may not."""
+    return value is None or isinstance(value, (Real, np.generic))
+
+
+# Into the struct
+
+cdef int take_row(Options *o, int i, object value, str name) except -1:
+    cdef void *field = <char *>o + rows[i].offset
+    if rows[i].range == FLAG:
+        (<int *>field)[0] = flag(value, name)
+    elif value is None and rows[i].optional:
+        (<double *>field)[0] = INFINITY
+    else:
+        (<double *>field)[0] = number(value, name, rows[i].range)
     return 0
 
 
-cdef int check_options(
-    Family family, const optcore_options *o, Dtype dtype, str prefix=""
-) except -1:
-    """Check what depends on several options, or on the arithmetic type."""
+cdef int take(Options *o, const void *field, object value) except -1:
+    """Set the field, still a default, that is pointed at, under the name its row has."""
+    cdef int i = rows_by_field[(<const char *>field - <const char *>o) // sizeof(int)]
+    if PyFloat_CheckExact(value):
+        if rows[i].range != FLAG and is_within(PyFloat_AS_DOUBLE(value), rows[i].range):
+            (<double *>field)[0] = PyFloat_AS_DOUBLE(value)
+            return 0
+    elif value is False and rows[i].range == FLAG:
+        return 0                    # as `o` was made
+    return take_row(o, i, value, name_at(i))
+
+
+cdef object value_of(const Options *o, int i):
+    """Return an option as a Python object, none where there is none."""
+    cdef const char *field = <const char *>o + rows[i].offset
+    if rows[i].range == FLAG:
+        return bool((<const int *>field)[0])
+    x = (<const double *>field)[0]
+    return None if rows[i].optional and x == INFINITY else x
+
+
+# What depends on the arithmetic type, or on several options
+
+cdef inline bint keeps_kind(const Row *row, double x) noexcept:
+    """Whether float32 arithmetic leaves a number finite, not zero, and in [0, 1) if it was."""
+    cdef float as_float
+    if x == 0 or 1e-37 < x < 0.999999:      # as nearly all are
+        return True
+    as_float = <float>x
+    return (
+        (not isinf(as_float) or isinf(x))
+        and (as_float != 0 or x == 0)
+        and (as_float < 1 or row.range != FRACTION or isinf(x))
+    )
+
+
+cdef int check_row(const Options *o, int i, str name) except -1:
+    """Refuse a number that float32 arithmetic would turn into another kind of number."""
+    cdef double x = (<const double *>(<const char *>o + rows[i].offset))[0]
+    if keeps_kind(&rows[i], x):
+        return 0
+    if <float>x == 1:
+        raise ValueError(f"{name} must lie in [0, 1) when rounded to float32, got {x!r}")
+    raise ValueError(
+        f"{name} must keep its kind when rounded to float32, got {x!r}, which becomes "
+        f"{<float>x!r}"
+    )
+
+
+cdef int conditions_of(Rule rule, const Options *o) noexcept:
+    return (
+        (NO_MOMENTUM if rule == SGD else 0)
+        | (0 if has_variant(rule, FIRST) else NOT_DAMPED)
+        | (VELOCITY_HAS_LR if o.kernel.lr_in_velocity else 0)
+        | (0 if has_variant(rule, LR_IN_VELOCITY) or rule == SGD else VELOCITY_LACKS_LR)
+        | (OTHER_RULE if rule != NESTEROV else 0)
+        | (NORM_CLIPPED if o.max_norm < INFINITY else 0)
+    )
+
+
+cdef inline bint is_default(const Options *o, const Row *row) noexcept:
+    if row.range == FLAG:
+        return not (<const int *>(<const char *>o + row.offset))[0]
+    return (
+        (<const double *>(<const char *>o + row.offset))[0]
+        == (<const double *>(<const char *>&defaults + row.offset))[0]
+    )
+
+
+cdef int check_options(Rule rule, const Options *o, bint as_float32, str prefix="") except -1:
+    """Check options together, as a rule takes them; those out of use have their defaults."""
     cdef double shrink
-    if o.dampening != 0 and family == FAMILY_NESTEROV:
-        raise ValueError(
-            f"{prefix}dampening must be 0 with nesterov, got {o.dampening!r}"
-        )
-    if o.dampening != 0 and o.lr_in_velocity:
-        raise ValueError(
-            f"{prefix}dampening must be 0 with lr_in_velocity=True, got {o.dampening!r}"
-        )
-    if o.decoupled_weight_decay:
-        shrink = 1 - o.lr * o.weight_decay
-        if not isfinite(shrink) or (dtype == FLOAT32 and isinf(<float>shrink)):
+    cdef int i, k, refused, conditions = conditions_of(rule, o)
+    if as_float32:
+        for k in range(n_rounded):
+            i = rounded[k]
+            if not keeps_kind(&rows[i], (<const double *>(<const char *>o + rows[i].offset))[0]):
+                check_row(o, i, prefix + name_at(i))
+    for k in range(n_refusable):
+        i = refusable[k]
+        refused = rows[i].refused & conditions
+        if refused and not is_default(o, &rows[i]):
+            raise ValueError(prefix + REFUSALS[refused & -refused].format(
+                name=name_at(i), rule=RULE_ROWS[rule].name.decode(), value=value_of(o, i)
+            ))
+    if o.kernel.decoupled_weight_decay:
+        shrink = 1 - o.kernel.lr * o.kernel.weight_decay
+        if not isfinite(shrink) or (as_float32 and isinf(<float>shrink)):
             raise ValueError(
-                f"{prefix}lr * weight_decay must be finite, got {o.lr!r} * {o.weight_decay!r}"
-            )
-    if dtype == FLOAT32:
-        check_rounding(prefix + "lr", o.lr)
-        check_rounding(prefix + "momentum", o.momentum)
-        check_rounding(prefix + "dampening", o.dampening)
-        check_rounding(prefix + "weight_decay", o.weight_decay)
-        check_rounding(prefix + "grad_scale", o.grad_scale)
-        if o.clip_value != INFINITY:
-            check_rounding(prefix + "clip_value", o.clip_value)
-        if <float>o.momentum == 1:
-            raise ValueError(
-                f"{prefix}momentum must lie in [0, 1) when rounded to float32, "
-                f"got {o.momentum!r}"
+                f"{prefix}lr * weight_decay must be finite, "
+                f"got {o.kernel.lr!r} * {o.kernel.weight_decay!r}"
             )
     return 0

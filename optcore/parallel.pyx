@@ -8,6 +8,11 @@ from cython.parallel cimport prange
 from optcore.runtime cimport note_threads, own_time, threads_for, wall_time
 from optcore.sweep cimport CHUNK, Sweep, Tensor, sweep_in_use, sweep_t
 
+cdef enum:
+    # A sweep over fewer elements than this is done before another thread could take the GIL
+    # and give it back, and a waiting thread may keep it for milliseconds.
+    GIL_HELD_BELOW = 8192
+
 cdef struct Cut:
     Py_ssize_t tensor
     Py_ssize_t element
@@ -18,7 +23,7 @@ cdef Cut cut_at(const Tensor *tensors, Py_ssize_t n, Py_ssize_t position) noexce
     cdef Cut cut
     cut.element = 0
     for cut.tensor in range(n):
-        if tensors[cut.tensor].grads[0] == NULL:
+        if tensors[cut.tensor].grads[0].data == NULL:
             continue
         if position < tensors[cut.tensor].size:
             cut.element = position - position % CHUNK
@@ -37,7 +42,7 @@ cdef void sweep_between(
     while begin.tensor < n and begin.tensor <= end.tensor:
         t = &tensors[begin.tensor]
         stop = end.element if begin.tensor == end.tensor else t.size
-        if t.grads[0] != NULL and begin.element < stop:
+        if t.grads[0].data != NULL and begin.element < stop:
             sweep(what, t, begin.element, stop)
         begin.tensor += 1
         begin.element = 0
@@ -65,10 +70,9 @@ cdef double sweep_timed(
     return own_time() - begin
 
 
-cdef void sweep_all(
+cdef void sweep_shared(
     Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements
 ) noexcept nogil:
-    """Sweep over `n` tensors whose sizes, where they have a gradient, sum to `n_elements`."""
     cdef int shares = threads_for(n_elements)
     cdef int share
     cdef double begin, own = 0
@@ -80,3 +84,14 @@ cdef void sweep_all(
     for share in prange(shares, schedule="static", chunksize=1, num_threads=shares):
         own += sweep_timed(what, tensors, n, n_elements, share, shares)
     note_threads(own, wall_time() - begin)
+
+
+cdef void sweep_all(
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements
+) noexcept:
+    """Sweep over `n` tensors whose sizes, where they have a gradient, sum to `n_elements`."""
+    if (n_elements + n) * tensors[0].n_grads < GIL_HELD_BELOW:
+        sweep_shared(what, tensors, n, n_elements)
+    else:
+        with nogil:
+            sweep_shared(what, tensors, n, n_elements)

@@ -1,67 +1,46 @@
-"""The whole-model step: a table of checked tensors, and two sweeps over it.
+"""The whole-model step: a table of checked tensors, and at most two sweeps over it.
 
-A step first checks everything and writes nothing: groups that changed, schedules, gradients,
-memory that moved. Then come the sweeps, which cannot fail, and last the bookkeeping.
+`Plan` builds the table, takes gradients, steps and keeps state. Every public call is entered
+by `_exclusively`, one at a time. A step is prepared (all that can fail; what may run code of the
+user's comes first, and the one pass over the arrays last), then measured and swept, which
+cannot fail, and then booked.
 """
-from cpython.dict cimport PyDict_CheckExact, PyDict_Next
-from cpython.list cimport PyList_CheckExact, PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from libc.math cimport INFINITY, isfinite, ldexp, sqrt
-from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcmp, memcpy
-from numpy cimport (
-    PyArray_DATA,
-    PyArray_SIZE,
-    import_array,
-    ndarray,
-)
+from libc.math cimport INFINITY
+from numpy cimport PyArray_DATA, PyArray_SIZE, import_array, ndarray
 
 from optcore.arrays cimport (
     Label,
-    Span,
-    check_like,
+    as_ndarray,
     check_param,
-    dtype_of,
-    first_overlap,
+    fits,
     is_unmoved,
-    overlapped_by,
-    sort_spans,
-    span_of,
+    refuse_misfit,
     spell,
+    storage_of,
 )
-from optcore.kernels cimport optcore_options
+from optcore.groups cimport Groups
+from optcore.memory cimport Buffer, Span, Spans, span_at, span_of, zeroed
+from optcore.norm cimport Norm, measures
 from optcore.options cimport (
-    FAMILY_MOMENTUM,
-    FAMILY_NESTEROV,
-    FAMILY_SGD,
     FRACTION,
-    NONNEGATIVE,
     POSITIVE,
-    Family,
-    check_options,
-    check_rounding,
-    choose_rule,
+    Options,
+    as_schedule,
+    check_row,
     combine,
     default_options,
     flag,
     number,
+    row_named,
+    take_row,
+    variant_of,
 )
-from optcore.parallel cimport GIL_HELD_BELOW, sweep_all
-from optcore.rules cimport SGD as SGD_RULE
-from optcore.sweep cimport (
-    CHUNK,
-    FLOAT32,
-    FLOAT64,
-    SQUARES,
-    STEP,
-    ZERO,
-    Partial,
-    Scalars,
-    Sweep,
-    Tensor,
-    one_tensor,
-)
+from optcore.parallel cimport sweep_all
+from optcore.rules cimport NESTEROV, N_RULES, RULE_ROWS, SGD, Rule, Scalars
+from optcore.storage cimport FLOAT32, Stream, arithmetic_of, itemsize_of
+from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
 
 from collections.abc import Iterable, Mapping
 
@@ -69,41 +48,26 @@ import numpy as np
 
 from optcore._arena import allocate_like
 from optcore.arrays import is_array
+from optcore.options import OPTIMIZER_OPTIONS
 
 import_array()
 
-# What a parameter group holds, with defaults where there are any.
-GROUP_OPTIONS = {
-    "momentum": 0.0,
-    "dampening": 0.0,
-    "weight_decay": 0.0,
-    "nesterov": False,
-    "maximize": False,
-    "decoupled_weight_decay": False,
-    "lr_in_velocity": False,
-    "clip_value": None,
-}
-GROUP_KEYS = ("params", "param_names", "lr", *GROUP_OPTIONS)
-# Keys that schedulers and users write into groups and that no optimizer reads.
-GROUP_NOTES = (
-    "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr",
-)
-# Squares of float64 gradients leave the range of float64 beyond 2**±512.
-cdef enum:
-    RESCALE = 600
-cdef double TINY_SQUARES = ldexp(1, -900)
-
-cdef struct Group:
-    optcore_options options
-    Family family
-    bint has_float32
-    bint has_float64
-
 cdef struct Slot:               # what the plan alone knows of a tensor
     Py_ssize_t group
-    bint first_step             # its velocity has not started
+    bint first_step             # its states have not started
     const void *clear           # the gradient last seen to overlap nothing that is written
     const void *bound           # where its bound gradient is
+
+cdef struct Step:               # one that can no longer fail
+    double scale
+    double ema_decay
+    Py_ssize_t n_elements
+    bint zeroing
+    bint starts                 # a first step is among it
+    bint lacks_states           # a rule has states that are not there yet
+
+# What `_exclusively` runs
+ctypedef object (*call_t)(Plan, object, object, object)
 
 
 class _Bound:
@@ -114,53 +78,37 @@ class _Bound:
 
 
 BOUND = _Bound()
+cdef object bound_grads = BOUND
+cdef tuple GRADS = (b"grads",)
 
 
 cdef class Plan:
     """The compiled part of `optcore.SGD`. Not for direct use."""
 
+    cdef Buffer _table          # of tensors
+    cdef Buffer _sums           # bound gradients, as parameters that accumulate() steps
+    cdef Buffer _slot_memory
+    cdef Buffer _streams        # gradients of this step: tensor by tensor, set by set
+    cdef Buffer _apart          # where the gradients were that were last seen to lie apart
     cdef Tensor *_tensors
-    cdef Tensor *_sums          # bound gradients, as parameters that accumulate() steps
     cdef Slot *_slots
-    cdef Group *_groups
-    cdef Scalars *_scalars
-    cdef Span *_written         # sorted: parameters and arenas
-    cdef Partial *_partials
-    cdef void **_pointers       # gradients of this step: tensor by tensor, set by set
-    cdef void **_apart          # those last seen to share no memory
-    cdef Span *_spans           # room to sort them
-    cdef Py_ssize_t _n, _n_groups, _n_written, _n_pointers, _n_apart
-    cdef bint _built, _busy, _single, _any_float32, _any_float64
-    cdef tuple _params, _keys, _bound, _velocities, _averages
-    cdef list _seen             # the keys and values of each group when it was last read
-    cdef list _group_params
-    cdef list _schedules        # for each group a callable or None
-    cdef bint _scheduled
-    cdef bint _by_name
-    cdef double _max_norm       # infinity: none
-    cdef double _ema_decay
+    cdef Py_ssize_t _n, _n_apart
+    cdef Spans _written         # parameters and what the optimizer owns
+    cdef Spans _others
+    cdef Groups _groups
+    cdef Norm _norm
+    cdef Options _own           # the options that no group holds
     cdef object _ema_schedule
-    cdef bint _skip_nonfinite, _track_grad_norm
+    cdef bint _built, _busy, _single, _by_name, _any_float32
+    cdef tuple _params, _keys, _bound
+    cdef readonly tuple _state_names
+    cdef list _states           # of each name: one array a parameter, or None before they start
+    cdef tuple _averages
     cdef object _grad_norm
-    cdef tuple _nonfinite
+    cdef list _nonfinite
     cdef readonly Py_ssize_t step_count
     cdef readonly Py_ssize_t skipped
     cdef public object param_groups
-    # Where others hold the rest of the gradients: takes this plan's sum of squares and the
-    # indices of its parameters that are not finite, returns everyone's.
-    cdef public object _join_squares
-
-    def __dealloc__(self):
-        free(self._tensors)
-        free(self._sums)
-        free(self._slots)
-        free(self._groups)
-        free(self._scalars)
-        free(self._written)
-        free(self._partials)
-        free(self._pointers)
-        free(self._apart)
-        free(self._spans)
 
     def __reduce__(self):
         raise TypeError(
@@ -168,367 +116,217 @@ cdef class Plan:
             "build one for the copied parameters and give it this one's state_dict()"
         )
 
+    cdef object _exclusively(self, call_t call, object a=None, object b=None, object c=None):
+        """Run the one call at a time that an optimizer serves."""
+        if not self._built:
+            raise RuntimeError("this optimizer was never built")
+        if self._busy:
+            raise RuntimeError(
+                "this optimizer is in use already, by another thread or by the caller of a "
+                "schedule: one step at a time"
+            )
+        self._busy = True
+        try:
+            return call(self, a, b, c)
+        finally:
+            self._busy = False
+
     # Building
 
-    def _build(
-        self, list groups, *, bint single, bint by_name, max_norm, skip_nonfinite,
-        track_grad_norm, ema_decay, grads
-    ):
+    def _build(self, list groups, *, bint single, bint by_name, options, grads, rule=None):
         """Check everything, lay out the tables, and open the optimizer for use.
 
         `groups` are complete dictionaries; "params" is a tuple, "param_names" a tuple or None.
-        "params" comes to hold NumPy's views of what other libraries lent.
+        "params" comes to hold NumPy's views of what other libraries lent. `options` are those
+        that no group holds; `rule` names that of every group, None leaves it to `momentum`
+        and `nesterov`.
         """
-        cdef Py_ssize_t i, g, n
+        cdef Py_ssize_t i, g, n = 0
         cdef ndarray a
-        if self._tensors != NULL:
+        if self._params is not None:
             raise RuntimeError("an optimizer is built once")
-        arrays, keys, group_of = [], [], []
-        for g, group in enumerate(groups):
+        arrays, keys = [], []
+        for group in groups:
             arrays += group["params"]
             keys += group["param_names"] or [None] * len(group["params"])
-            group_of += [g] * len(group["params"])
         if not arrays:
             raise ValueError("params must hold at least one array, got none")
-        n = len(arrays)
         self._single = single
         self._by_name = by_name
         self._keys = None if all([key is None for key in keys]) else tuple(keys)
-        for i in range(n):
-            arrays[i] = check_param(arrays[i], self._label(b"params", i), self._keys)
-        self._tensors = <Tensor *>allocate(n, sizeof(Tensor))
-        self._slots = <Slot *>allocate(n, sizeof(Slot))
-        self._groups = <Group *>allocate(len(groups), sizeof(Group))
-        self._scalars = <Scalars *>allocate(len(groups), sizeof(Scalars))
-        self._written = <Span *>allocate(n + 2, sizeof(Span))
+        for i in range(len(arrays)):
+            arrays[i] = check_param(arrays[i], self._label(b"params", i))
         self._params = tuple(arrays)
-        self._n = n
-        self._n_groups = len(groups)
-        self._max_norm = INFINITY
-        for i in range(n):
-            a = arrays[i]
-            g = group_of[i]
-            self._slots[i].group = g
-            self._slots[i].first_step = True
-            self._tensors[i] = one_tensor(
-                PyArray_DATA(a), NULL, NULL, PyArray_SIZE(a), dtype_of(a), SGD_RULE,
-                &self._scalars[g]
-            )
-            if self._tensors[i].dtype == FLOAT64:
-                self._groups[g].has_float64 = self._any_float64 = True
-            else:
-                self._groups[g].has_float32 = self._any_float32 = True
-        self._list_written()
-        self._seen = [None] * len(groups)
-        i = 0
+        self._n = len(arrays)
+        self._table = zeroed(self._n, sizeof(Tensor))
+        self._tensors = <Tensor *>self._table.at
+        self._slot_memory = zeroed(self._n, sizeof(Slot))
+        self._slots = <Slot *>self._slot_memory.at
+        self._streams = zeroed(self._n, sizeof(Stream))
+        self._apart = Buffer()
+        self._written, self._others = Spans(), Spans()
+        self._norm = Norm()
+        self._own = default_options()
+        self._own.ema_decay = 0
+        self._state_names = states_of(rule_named(rule))
+        self._states = [None] * len(self._state_names)
         for group in groups:
-            n = len(group["params"])
-            group["params"] = self._params[i : i + n]
-            i += n
-        self._group_params = [group["params"] for group in groups]
-        self._schedules = [None] * len(groups)
+            g = len(group["params"])
+            group["params"] = self._params[n : n + g]
+            n += g
+        self._groups = Groups([group["params"] for group in groups], rule_named(rule))
+        i = 0
+        for g, group in enumerate(groups):
+            for a in group["params"]:
+                self._slots[i].group = g
+                self._slots[i].first_step = True
+                self._tensors[i] = one_tensor(
+                    PyArray_DATA(a), storage_of(a), PyArray_SIZE(a), NULL,
+                    &self._groups.at[g].scalars
+                )
+                if arithmetic_of(storage_of(a)) == FLOAT32:
+                    self._groups.at[g].has_float32 = self._any_float32 = True
+                else:
+                    self._groups.at[g].has_float64 = True
+                i += 1
+        self._list_written()
         self.param_groups = groups
-        self._read_groups()
-        self.max_norm = max_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.track_grad_norm = track_grad_norm
-        self._start_velocities()
-        if ema_decay is not None:
-            self._set_ema_decay(ema_decay)
+        self._adopt(groups, options)
+        self._start_states()
         if grads is not None:
             self._bind(grads)
         self._built = True
 
     cdef Label _label(self, const char *what, Py_ssize_t i):
-        return Label(what, -1 if self._single else i)
+        return Label(what, -1 if self._single else i, <PyObject *>self._keys)
 
     cdef int _list_written(self) except -1:
-        """Sort the memory a step writes; two parameters in one place are an error."""
-        cdef Py_ssize_t i, at, n = 0
+        """List the memory a step writes; two parameters in one place are an error."""
+        cdef Py_ssize_t i, first, second
         cdef Span span
+        self._written.clear(self._n + len(self._states) + 1)
         for i in range(self._n):
-            span = span_of(<ndarray>self._params[i], i)
-            if span.begin < span.end:
-                self._written[n] = span
-                n += 1
-        for arena in (self._velocities, self._averages):
+            self._written.add(span_of(<ndarray>self._params[i], i))
+            self._slots[i].clear = NULL
+        for arena in (*self._states, self._averages):
             if arena is not None:
                 span = span_of(<ndarray>arena[0], -1)
                 span.end = span_of(<ndarray>arena[self._n - 1], -1).end
-                if span.begin < span.end:
-                    self._written[n] = span
-                    n += 1
-        sort_spans(self._written, n)
-        at = first_overlap(self._written, n)
-        if at > 0:
-            first, second = sorted([self._written[at - 1].owner, self._written[at].owner])
+                self._written.add(span)
+        if not self._written.sort(&first, &second):
             same = "is the same array as" if (
                 self._params[first] is self._params[second]
             ) else "shares memory with"
             raise ValueError(
-                f"{self._spell(b'params', second)} {same} {self._spell(b'params', first)}"
+                f"{spell(self._label(b'params', second))} {same} "
+                f"{spell(self._label(b'params', first))}"
             )
-        self._n_written = n
-        for i in range(self._n):
-            self._slots[i].clear = NULL
         return 0
 
-    cdef str _spell(self, const char *what, Py_ssize_t i):
-        return spell(self._label(what, i), self._keys)
-
-    cdef int _start_velocities(self) except -1:
-        """Allocate the velocities as soon as a group's rule has one."""
-        cdef Py_ssize_t g
-        if self._velocities is None:
-            for g in range(self._n_groups):
-                if self._groups[g].family != FAMILY_SGD:
-                    return self._allocate_velocities()
+    cdef int _start_states(self) except -1:
+        """Allocate the states of a group's rule as soon as it has some."""
+        cdef Py_ssize_t g, k, n_states = 0
+        for g in range(self._groups.n):
+            n_states = max(n_states, RULE_ROWS[self._groups.at[g].rule].n_states)
+        for k in range(n_states):
+            if self._states[k] is None:
+                self._install_state(k, self._allocated())
         return 0
 
-    cdef int _allocate_velocities(self) except -1:
+    cdef tuple _allocated(self):
+        """Zeros like the parameters, which must be what the border took."""
+        self._check_places()
+        return tuple(allocate_like(self._params))
+
+    cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1:
         cdef Py_ssize_t i
-        self._velocities = tuple(allocate_like(self._params))
+        self._states[k] = arrays
         for i in range(self._n):
-            self._tensors[i].velocity = PyArray_DATA(<ndarray>self._velocities[i])
-        self._list_written()
-        return 0
-
-    cdef int _allocate_averages(self) except -1:
-        cdef Py_ssize_t i
-        self._averages = tuple(allocate_like(self._params))
-        for i in range(self._n):
-            self._averages[i][...] = self._params[i]
-            self._tensors[i].ema = PyArray_DATA(<ndarray>self._averages[i])
-        self._list_written()
-        return 0
+            self._tensors[i].states[k].data = PyArray_DATA(<ndarray>arrays[i])
+        return self._list_written()
 
     # Options
 
-    cdef bint _groups_changed(self) except -1:
-        """Whether any group holds another object anywhere than when it was last read."""
-        cdef Py_ssize_t g, k, n, position
-        cdef PyObject *key
-        cdef PyObject *value
-        cdef tuple seen
-        groups = self.param_groups
-        if not PyList_CheckExact(groups) or PyList_GET_SIZE(groups) != self._n_groups:
-            return True
-        for g in range(self._n_groups):
-            group = (<list>groups)[g]
-            seen = <tuple>self._seen[g]
-            if not PyDict_CheckExact(group):
-                return True
-            n = PyTuple_GET_SIZE(seen)
-            k = position = 0
-            while PyDict_Next(group, &position, &key, &value):
-                if (
-                    k >= n
-                    or <PyObject *>PyTuple_GET_ITEM(seen, k) != key
-                    or <PyObject *>PyTuple_GET_ITEM(seen, k + 1) != value
-                ):
-                    return True
-                k += 2
-            if k != n:
-                return True
-        return False
+    cdef int _adopt(self, object groups, object options) except -1:
+        """Check groups and options of the whole optimizer together, then take them over."""
+        cdef Options own = self._own
+        cdef Py_ssize_t i
+        cdef int row
+        schedule, averages = self._ema_schedule, self._averages
+        for name, value in options.items():
+            row = row_named(name)
+            if name != "ema_decay":
+                take_row(&own, row, value, name)
+            elif value is not None:
+                schedule = as_schedule(value)
+                if schedule is None:
+                    self._take_ema_decay(&own, value, name)
+                if averages is None:
+                    averages = self._allocated()
+            elif averages is not None:
+                raise ValueError("ema_decay cannot be None once an average is kept")
+        checked = self._groups.check(groups, &own)
+        self._check_places()
+        # Nothing from here on can fail
+        self.param_groups = groups
+        self._groups.adopt(checked)
+        self._own = own
+        self._ema_schedule = schedule
+        if averages is not self._averages:
+            self._averages = averages
+            for i in range(self._n):
+                averages[i][...] = self._params[i]
+                self._tensors[i].ema = PyArray_DATA(<ndarray>averages[i])
+            self._list_written()
+        return 0
 
     cdef int _read_groups(self) except -1:
-        """Check every group, then take them all over.
-
-        Checking runs code of the user's, a number's __float__ for one, so it works on copies.
-        """
-        cdef Py_ssize_t g
-        cdef Group *read
-        cdef list groups, schedules = [], seen = []
-        if not isinstance(self.param_groups, list) or len(self.param_groups) != self._n_groups:
-            raise ValueError(
-                f"param_groups must stay a list of {self._n_groups} groups, got "
-                + (f"{len(self.param_groups)}" if isinstance(self.param_groups, list)
-                   else type(self.param_groups).__name__)
-            )
-        groups = list(self.param_groups)
-        for g in range(self._n_groups):
-            if not isinstance(groups[g], dict):
-                raise TypeError(
-                    f"param_groups[{g}] must be a dictionary, got {type(groups[g]).__name__}"
-                )
-            groups[g] = dict(groups[g])
-        read = <Group *>allocate(self._n_groups, sizeof(Group))
-        try:
-            for g in range(self._n_groups):
-                prefix = "" if self._n_groups == 1 else f"param_groups[{g}]: "
-                read[g] = self._groups[g]
-                schedules.append(self._read_group(groups[g], &read[g], prefix))
-                if (
-                    self._seen[g] is not None
-                    and read[g].options.lr_in_velocity != self._groups[g].options.lr_in_velocity
-                ):
-                    raise ValueError(
-                        f"{prefix}lr_in_velocity must stay as the optimizer was built: "
-                        "load_state_dict() converts between the conventions"
-                    )
-                if groups[g]["params"] is not self._group_params[g]:
-                    raise ValueError(f"{prefix}params must stay as the optimizer was built")
-                seen.append(tuple([part for item in groups[g].items() for part in item]))
-            for g in range(self._n_groups):
-                self._groups[g] = read[g]
-        finally:
-            free(read)
-        self._schedules = schedules
-        self._scheduled = any([schedule is not None for schedule in schedules])
-        self._seen = seen
+        """Take over what was edited."""
+        if self._groups.changed(self.param_groups):
+            self._groups.adopt(self._groups.check(self.param_groups, &self._own))
         return 0
 
-    cdef object _read_group(self, dict group, Group *read, str prefix):
-        """Read one group's options; return its schedule, if it has one."""
-        cdef optcore_options *o = &read.options
-        for key in group:
-            if key not in GROUP_KEYS and key not in GROUP_NOTES:
-                raise TypeError(
-                    f"{prefix}unknown option {key!r}; options are lr, {', '.join(GROUP_OPTIONS)}"
-                )
-        for key in GROUP_KEYS:
-            if key not in group:
-                raise KeyError(f"{prefix}option {key!r} is missing")
-        o[0] = default_options()
-        lr = group["lr"]
-        schedule = lr if callable(lr) and not isinstance(lr, type) else None
-        if schedule is None:
-            o.lr = number(lr, prefix + "lr", NONNEGATIVE)
-        o.momentum = number(group["momentum"], prefix + "momentum", FRACTION)
-        o.dampening = number(group["dampening"], prefix + "dampening", FRACTION)
-        o.weight_decay = number(group["weight_decay"], prefix + "weight_decay", NONNEGATIVE)
-        o.maximize = flag(group["maximize"], prefix + "maximize")
-        o.decoupled_weight_decay = flag(
-            group["decoupled_weight_decay"], prefix + "decoupled_weight_decay"
-        )
-        o.lr_in_velocity = flag(group["lr_in_velocity"], prefix + "lr_in_velocity")
-        if group["clip_value"] is not None:
-            o.clip_value = number(group["clip_value"], prefix + "clip_value", NONNEGATIVE)
-            if self._max_norm < INFINITY:
-                raise ValueError(f"{prefix}clip_value and max_norm exclude each other")
-        nesterov = flag(group["nesterov"], prefix + "nesterov")
-        if nesterov and o.momentum == 0:
-            raise ValueError(f"{prefix}nesterov must have momentum > 0, got momentum=0")
-        if o.dampening != 0 and o.momentum == 0:
-            raise ValueError(f"{prefix}dampening must have momentum > 0, got momentum=0")
-        if nesterov:
-            read.family = FAMILY_NESTEROV
-        else:
-            read.family = FAMILY_MOMENTUM if o.momentum != 0 else FAMILY_SGD
-        self._check_group(read, prefix)
-        return schedule
-
-    cdef int _check_group(self, const Group *group, str prefix) except -1:
-        if group.has_float32:
-            check_options(group.family, &group.options, FLOAT32, prefix)
-        if group.has_float64:
-            check_options(group.family, &group.options, FLOAT64, prefix)
-        return 0
-
-    cdef int _follow_schedules(self) except -1:
-        cdef Py_ssize_t g
-        for g in range(self._n_groups):
-            schedule = self._schedules[g]
-            if schedule is not None:
-                prefix = "" if self._n_groups == 1 else f"param_groups[{g}]: "
-                self._groups[g].options.lr = number(
-                    schedule(self.step_count), prefix + "lr(step_count)", NONNEGATIVE
-                )
-                self._check_group(&self._groups[g], prefix)
-        return 0
-
-    cdef void _combine(self, double grad_scale, double ema_decay) noexcept:
-        cdef Py_ssize_t g
-        cdef optcore_options o
-        for g in range(self._n_groups):
-            o = self._groups[g].options
-            o.grad_scale = grad_scale
-            self._scalars[g] = combine(&o)
-            self._scalars[g].ema_decay = ema_decay
-            self._scalars[g].ema_weight = 1 - ema_decay
-
-    cdef double _read_ema_decay(self, object value, str name) except -1:
-        cdef double decay = number(value, name, FRACTION)
-        if self._any_float32:
-            check_rounding(name, decay)
-            if <float>decay == 1:
-                raise ValueError(
-                    f"{name} must lie in [0, 1) when rounded to float32, got {decay!r}"
-                )
-        return decay
-
-    cdef double _current_ema_decay(self) except -1:
-        if self._averages is None:
-            return 0
-        if self._ema_schedule is None:
-            return self._ema_decay
-        return self._read_ema_decay(
-            self._ema_schedule(self.step_count), "ema_decay(step_count)"
-        )
-
-    cdef int _set_ema_decay(self, object value) except -1:
-        cdef double decay = 0
-        schedule = value if callable(value) and not isinstance(value, type) else None
-        if schedule is None:
-            decay = self._read_ema_decay(value, "ema_decay")
-        if self._averages is None:
-            self._check_places()
-            self._allocate_averages()
-        self._ema_decay = decay
-        self._ema_schedule = schedule
-        return 0
+    cdef int _take_ema_decay(self, Options *own, object value, str name) except -1:
+        own.ema_decay = number(value, name, FRACTION)
+        return check_row(own, row_named("ema_decay"), name) if self._any_float32 else 0
 
     @property
     def max_norm(self):
         """Upper bound on the norm of all gradients together; None: no clipping."""
-        return None if self._max_norm == INFINITY else self._max_norm
+        return None if self._own.max_norm == INFINITY else self._own.max_norm
 
     @max_norm.setter
     def max_norm(self, value):
-        cdef double before = self._max_norm
-        self._max_norm = INFINITY if value is None else number(value, "max_norm", NONNEGATIVE)
-        try:
-            self._read_groups()         # for clip_value, which excludes it
-        except BaseException:
-            self._max_norm = before
-            raise
+        self._exclusively(set_option, "max_norm", value)
 
     @property
     def skip_nonfinite(self):
         """Whether a step whose gradients hold a NaN or an infinity is skipped."""
-        return self._skip_nonfinite
+        return bool(self._own.skip_nonfinite)
 
     @skip_nonfinite.setter
     def skip_nonfinite(self, value):
-        self._skip_nonfinite = flag(value, "skip_nonfinite")
+        self._exclusively(set_option, "skip_nonfinite", value)
 
     @property
     def track_grad_norm(self):
         """Whether every step measures `grad_norm`, even without `max_norm`."""
-        return self._track_grad_norm
+        return bool(self._own.track_grad_norm)
 
     @track_grad_norm.setter
     def track_grad_norm(self, value):
-        self._track_grad_norm = flag(value, "track_grad_norm")
+        self._exclusively(set_option, "track_grad_norm", value)
 
     @property
     def ema_decay(self):
         """Decay of the weight average, or its schedule; None: no average is kept."""
         if self._averages is None:
             return None
-        return self._ema_decay if self._ema_schedule is None else self._ema_schedule
+        return self._own.ema_decay if self._ema_schedule is None else self._ema_schedule
 
     @ema_decay.setter
     def ema_decay(self, value):
-        self._begin()
-        try:
-            if value is None and self._averages is not None:
-                raise ValueError("ema_decay cannot be None once an average is kept")
-            if value is not None:
-                self._set_ema_decay(value)
-        finally:
-            self._busy = False
+        self._exclusively(set_option, "ema_decay", value)
 
     # Gradients
 
@@ -571,156 +369,188 @@ cdef class Plan:
             )
         return listed
 
-    cdef Py_ssize_t _take(self, list sets, tuple names, bint written) except -1:
-        """Check sets of gradients, point every tensor at its own; return how many elements.
+    cdef list _sets_of(self, object grads):
+        """The gradients given to a step, or None for the bound ones."""
+        if grads is not bound_grads:
+            return [self._listed(grads, "grads")]
+        if self._bound is None:
+            raise TypeError("grads must be given to step() where none were bound")
+        return None
 
-        A set with gradients of other libraries is replaced in `sets` by one of NumPy's views of
-        them, which the caller holds for as long as the pointers are used.
-        """
-        cdef Py_ssize_t i, k, n_elements = 0, n_sets = PyList_GET_SIZE(sets)
-        cdef Py_ssize_t n_pointers = self._n * n_sets
+    cdef int _view(self, list sets, tuple names, bint written) except -1:
+        """Replace gradients of other libraries by NumPy's views, which `sets` then holds."""
+        cdef Py_ssize_t i, k
         cdef tuple listed
-        cdef list views
-        cdef ndarray a
-        cdef Label label
-        cdef void *data
-        if n_pointers > self._n_pointers:
-            self._pointers = <void **>reallocate(self._pointers, n_pointers, sizeof(void *))
-            self._n_pointers = n_pointers
-        for k in range(n_sets):
-            listed = <tuple>PyList_GET_ITEM(sets, k)
+        for k in range(PyTuple_GET_SIZE(names)):
+            listed = <tuple>sets[k]
             views = None
             for i in range(self._n):
                 gradient = <object>PyTuple_GET_ITEM(listed, i)
-                label = self._label(<bytes>PyTuple_GET_ITEM(names, k), i)
-                data = NULL
-                if gradient is not None:
-                    a = check_like(
-                        gradient, <ndarray>PyTuple_GET_ITEM(self._params, i), written, label,
-                        self._keys
+                if type(gradient) is not ndarray and gradient is not None:
+                    if views is None:
+                        views = list(listed)
+                    views[i] = as_ndarray(
+                        gradient, written, self._label(<bytes>PyTuple_GET_ITEM(names, k), i)
                     )
-                    if <PyObject *>a != <PyObject *>gradient:
-                        if views is None:
-                            views = list(listed)
-                        views[i] = a
-                    data = PyArray_DATA(a)
-                    if data != self._slots[i].clear or k > 0:
-                        self._refuse_written(a, label)
-                        if k == 0:
-                            self._slots[i].clear = data
-                if k > 0 and (data == NULL) != (self._pointers[i * n_sets] == NULL):
-                    raise ValueError(
-                        f"{spell(label, self._keys)} and its counterpart in {names[0].decode()} "
-                        "must both be None or neither"
-                    )
-                self._pointers[i * n_sets + k] = data
             if views is not None:
                 sets[k] = tuple(views)
-        for i in range(self._n):
-            self._tensors[i].grads = &self._pointers[i * n_sets]
-            self._tensors[i].n_grads = <int>n_sets
-            if self._pointers[i * n_sets] != NULL:
-                n_elements += self._tensors[i].size
-        if written:
-            self._refuse_shared(names)
-        return n_elements
+        return 0
 
-    cdef int _refuse_written(self, ndarray gradient, Label label) except -1:
-        cdef Py_ssize_t at = overlapped_by(
-            self._written, self._n_written, span_of(gradient, 0)
-        )
-        if at >= 0:
-            at = self._written[at].owner
-            owner = "the optimizer's own memory" if at < 0 else self._spell(b"params", at)
+    cdef int _take(self, list sets, tuple names, Step *step) except -1:
+        """Check all memory of a step and point every tensor at its gradients.
+
+        No `sets` means the bound gradients. Nothing here runs code of the user's, and
+        nothing that does may come between this and the sweep.
+        """
+        cdef Py_ssize_t i, k, n_sets = PyTuple_GET_SIZE(names)
+        cdef bint bound = sets is None
+        cdef bint any_gradient = False
+        cdef tuple params = self._params
+        cdef Stream *grads
+        cdef Slot *slot
+        cdef Tensor *t
+        cdef Rule rule
+        cdef int n_states
+        step.n_elements = 0
+        step.starts = step.lacks_states = False
+        self._streams.grow(self._n * n_sets, sizeof(Stream))
+        grads = <Stream *>self._streams.at
+        for i in range(self._n):
+            t = &self._tensors[i]
+            slot = &self._slots[i]
+            if not is_unmoved(
+                <ndarray>PyTuple_GET_ITEM(params, i), t.param.data, t.size, t.param.storage
+            ):
+                self._refuse_moved(params, i, t.param.data, b"params")
+            t.grads = grads
+            t.n_grads = <int>n_sets
+            if bound:
+                grads[0].data = <void *>slot.bound
+                grads[0].storage = t.param.storage
+                if slot.bound != NULL and not is_unmoved(
+                    <ndarray>PyTuple_GET_ITEM(self._bound, i), slot.bound, t.size,
+                    t.param.storage
+                ):
+                    self._refuse_moved(self._bound, i, slot.bound, b"grads")
+            else:
+                for k in range(n_sets):
+                    self._take_one(
+                        i, k, <object>PyTuple_GET_ITEM(<tuple>sets[k], i), names, step.zeroing,
+                        &grads[k]
+                    )
+            if grads[0].data != NULL:
+                any_gradient = True
+                step.n_elements += t.size
+                rule = self._groups.at[slot.group].rule
+                t.rule = rule
+                t.variant = variant_of(
+                    rule, &self._groups.at[slot.group].options.kernel, slot.first_step
+                )
+                t.zero_grad = step.zeroing
+                n_states = RULE_ROWS[rule].n_states
+                if n_states > 0:
+                    step.starts |= slot.first_step
+                    step.lacks_states |= t.states[n_states - 1].data == NULL
+            grads += n_sets
+        if not any_gradient:
+            raise ValueError("grads must hold at least one array, got None for every parameter")
+        if step.zeroing and not bound:
+            self._refuse_shared(names)
+        return 0
+
+    cdef int _take_one(
+        self, Py_ssize_t i, Py_ssize_t k, object gradient, tuple names, bint written,
+        Stream *stream
+    ) except -1:
+        cdef ndarray param = <ndarray>PyTuple_GET_ITEM(self._params, i)
+        cdef ndarray a
+        cdef Py_ssize_t owner
+        stream.data = NULL
+        stream.storage = self._tensors[i].param.storage
+        if gradient is not None:
+            a = <ndarray>gradient
+            if not fits(a, param, written):
+                refuse_misfit(a, param, written, self._label(names[k], i))
+            stream.data = PyArray_DATA(a)
+            if stream.data != self._slots[i].clear or k > 0:
+                owner = self._written.owner_over(span_of(a, 0))
+                if owner >= -1:
+                    what = "the optimizer's own memory" if owner < 0 else spell(
+                        self._label(b"params", owner)
+                    )
+                    raise ValueError(
+                        f"{spell(self._label(names[k], i))} must not share memory with {what}, "
+                        "got overlapping arrays"
+                    )
+                if k == 0:
+                    self._slots[i].clear = stream.data
+        if k > 0 and (stream.data == NULL) != ((stream - k).data == NULL):
             raise ValueError(
-                f"{spell(label, self._keys)} must not share memory with {owner}, "
-                "got overlapping arrays"
+                f"{spell(self._label(names[k], i))} and its counterpart in {names[0].decode()} "
+                "must both be None or neither"
             )
         return 0
 
     cdef int _refuse_shared(self, tuple names) except -1:
         """Refuse gradients that share memory where they are written."""
-        cdef Py_ssize_t i, k, at, n = 0, n_sets = PyTuple_GET_SIZE(names)
-        cdef Py_ssize_t n_pointers = self._n * n_sets
-        if (
-            n_pointers == self._n_apart
-            and memcmp(self._apart, self._pointers, n_pointers * sizeof(void *)) == 0
-        ):
+        cdef Py_ssize_t i, k, first, second, n_sets = PyTuple_GET_SIZE(names)
+        cdef const Stream *grads = <const Stream *>self._streams.at
+        cdef const void **apart
+        cdef bint seen = self._n_apart == self._n * n_sets
+        self._apart.grow(self._n * n_sets, sizeof(void *))
+        apart = <const void **>self._apart.at
+        for i in range(self._n * n_sets):
+            seen = seen and apart[i] == grads[i].data
+        if seen:
             return 0
         self._n_apart = 0
-        self._apart = <void **>reallocate(self._apart, n_pointers, sizeof(void *))
-        self._spans = <Span *>reallocate(self._spans, n_pointers, sizeof(Span))
+        self._others.clear(self._n * n_sets)
         for i in range(self._n):
             for k in range(n_sets):
-                if self._pointers[i * n_sets + k] != NULL and self._tensors[i].size:
-                    self._spans[n] = self._span_at(
-                        self._pointers[i * n_sets + k], i, k * self._n + i
-                    )
-                    n += 1
-        sort_spans(self._spans, n)
-        at = first_overlap(self._spans, n)
-        if at > 0:
-            first, second = [
-                self._spell(names[owner // self._n], owner % self._n)
-                for owner in sorted([self._spans[at - 1].owner, self._spans[at].owner])
-            ]
+                self._add_other(grads[i * n_sets + k].data, i, k * self._n + i)
+        if not self._others.sort(&first, &second):
             raise ValueError(
-                f"{second} must not share memory with {first} where gradients are written, "
-                "got overlapping arrays"
+                f"{spell(self._label(names[second // self._n], second % self._n))} must not share "
+                f"memory with {spell(self._label(names[first // self._n], first % self._n))} "
+                "where gradients are written, got overlapping arrays"
             )
-        memcpy(self._apart, self._pointers, n_pointers * sizeof(void *))
-        self._n_apart = n_pointers
+        for i in range(self._n * n_sets):
+            apart[i] = grads[i].data
+        self._n_apart = self._n * n_sets
         return 0
 
-    cdef Span _span_at(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
-        """The memory of an array as large as parameter i."""
-        cdef Span span
-        span.begin = <const char *>data
-        span.end = span.begin + self._tensors[i].size * (
-            sizeof(float) if self._tensors[i].dtype == FLOAT32 else sizeof(double)
-        )
-        span.owner = owner
-        return span
+    cdef void _add_other(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
+        """List an array as large as parameter i, where there is one."""
+        if data != NULL:
+            self._others.add(self._span_like(data, i, owner))
+
+    cdef Span _span_like(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
+        cdef const Tensor *t = &self._tensors[i]
+        return span_at(data, t.size * itemsize_of(t.param.storage), owner)
 
     def _bind(self, grads):
         """Check gradients once and keep them."""
         cdef Py_ssize_t i
+        cdef Step step
         cdef list sets = [self._listed(grads, "grads")]
-        self._take(sets, (b"grads",), True)
-        self._sums = <Tensor *>allocate(self._n, sizeof(Tensor))
+        step.zeroing = True
+        self._view(sets, GRADS, True)
+        self._take(sets, GRADS, &step)
+        self._sums = zeroed(self._n, sizeof(Tensor))
         for i in range(self._n):
-            self._slots[i].bound = self._pointers[i]
+            self._slots[i].bound = self._tensors[i].grads[0].data
         self._bound = sets[0]
 
-    cdef Py_ssize_t _take_bound(self) except -1:
-        """Point every tensor at its bound gradient."""
-        cdef Py_ssize_t i, n_elements = 0
-        cdef const void *data
-        cdef Tensor *t
-        for i in range(self._n):
-            t = &self._tensors[i]
-            data = self._slots[i].bound
-            self._pointers[i] = <void *>data
-            t.grads = &self._pointers[i]
-            t.n_grads = 1
-            if data != NULL:
-                if not is_unmoved(
-                    <ndarray>PyTuple_GET_ITEM(self._bound, i), data, t.size, t.dtype
-                ):
-                    self._refuse_moved(self._bound, i, data, b"grads")
-                n_elements += t.size
-        return n_elements
-
     cdef int _check_places(self) except -1:
-        """Refuse parameters whose memory moved, before anything is sized or stepped by them."""
+        """Refuse parameters whose memory moved, before anything is sized by them."""
         cdef Py_ssize_t i
-        cdef Tensor *t
+        cdef const Tensor *t
         for i in range(self._n):
             t = &self._tensors[i]
             if not is_unmoved(
-                <ndarray>PyTuple_GET_ITEM(self._params, i), t.param, t.size, t.dtype
+                <ndarray>PyTuple_GET_ITEM(self._params, i), t.param.data, t.size, t.param.storage
             ):
-                self._refuse_moved(self._params, i, t.param, b"params")
+                self._refuse_moved(self._params, i, t.param.data, b"params")
         return 0
 
     cdef int _refuse_moved(
@@ -728,32 +558,77 @@ cdef class Plan:
     ) except -1:
         a = arrays[i]
         raise ValueError(
-            f"{self._spell(what, i)} must stay in its place, {self._tensors[i].size} contiguous, "
-            f"writeable elements at {<size_t>data:#x}; got {a.size} of {a.dtype} with "
+            f"{spell(self._label(what, i))} must stay in its place, {self._tensors[i].size} "
+            f"contiguous, writeable elements at {<size_t>data:#x}; got {a.size} of {a.dtype} with "
             f"strides {a.strides}, {'writeable' if a.flags.writeable else 'read-only'}, at "
             f"{a.ctypes.data:#x}"
         )
 
     # Stepping
 
-    cdef int _begin(self) except -1:
-        """Enter the one call at a time that an optimizer serves."""
-        if not self._built:
-            raise RuntimeError("this optimizer was never built")
-        if self._busy:
-            raise RuntimeError(
-                "this optimizer is stepping already, in another thread or in the caller of a "
-                "schedule: one step at a time"
-            )
-        self._busy = True
-        return 0
+    cdef Step _prepare(
+        self, list sets, tuple names, object grad_scale, object zero_grad
+    ) except *:
+        """Everything of a step that can fail, in the order that its parts rely on."""
+        cdef Step step
+        step.zeroing = flag(zero_grad, "zero_grad")
+        step.scale = number(grad_scale, "grad_scale", POSITIVE)
+        step.scale /= PyTuple_GET_SIZE(names)
+        self._read_groups()
+        self._groups.follow(self.step_count)
+        if step.scale != 1:
+            self._groups.check_grad_scale(step.scale)
+        step.ema_decay = self._current_ema_decay()
+        if sets is not None:
+            self._view(sets, names, step.zeroing)
+        self._take(sets, names, &step)
+        if step.lacks_states or (measures(&self._own) and not self._norm.is_prepared()):
+            self._start_states()
+            self._norm.prepare(self._tensors, self._n)
+            self._take(sets, names, &step)      # again, for allocating may run a finalizer
+        return step
 
-    cdef void _sweep(self, Sweep what, const Tensor *tensors, Py_ssize_t n_elements) noexcept:
-        if (n_elements + self._n) * tensors[0].n_grads < GIL_HELD_BELOW:
-            sweep_all(what, tensors, self._n, n_elements)
-        else:
-            with nogil:
-                sweep_all(what, tensors, self._n, n_elements)
+    cdef double _current_ema_decay(self) except -1:
+        cdef Options own = self._own
+        if self._averages is not None and self._ema_schedule is not None:
+            self._take_ema_decay(
+                &own, self._ema_schedule(self.step_count), "ema_decay(step_count)"
+            )
+        return own.ema_decay
+
+    cdef bint _step(self, Step *step) noexcept:
+        """Measure, sweep, keep the books; whether the step was applied."""
+        cdef Py_ssize_t i
+        cdef double norm, factor
+        cdef bint clips = self._own.max_norm < INFINITY
+        cdef bint skips = False
+        cdef object grad_norm = None
+        cdef list nonfinite = None
+        if measures(&self._own):
+            norm = step.scale * self._norm.measure(self._tensors, self._n, step.n_elements)
+            nonfinite = self._norm.nonfinite
+            skips = self._own.skip_nonfinite and len(nonfinite) > 0
+            if clips or self._own.track_grad_norm:
+                grad_norm = norm
+            if clips:
+                factor = self._own.max_norm / (norm + 1e-6)
+                step.scale *= 1 if factor > 1 else factor       # a NaN stays
+        if not skips:
+            self._groups.form_scalars(step.scale, step.ema_decay)
+            sweep_all(STEP, self._tensors, self._n, step.n_elements)
+            if step.starts:
+                for i in range(self._n):
+                    if self._tensors[i].grads[0].data != NULL and (
+                        RULE_ROWS[self._tensors[i].rule].n_states > 0
+                    ):
+                        self._slots[i].first_step = False
+        elif step.zeroing:
+            sweep_all(ZERO, self._tensors, self._n, step.n_elements)
+        self._grad_norm = grad_norm
+        self._nonfinite = nonfinite
+        self.step_count += not skips
+        self.skipped += skips
+        return not skips
 
     def step(self, grads=BOUND, *, grad_scale=1.0, zero_grad=False):
         """Take one step over all parameters.
@@ -779,36 +654,15 @@ cdef class Plan:
             For gradients and hyper-parameters that are not as they must be; RuntimeError
             where a step of this optimizer is under way. Nothing has changed then.
         """
-        self._begin()
-        try:
-            return self._step(self._one_set(grads), (b"grads",), grad_scale, zero_grad)
-        finally:
-            self._busy = False
-
-    cdef list _one_set(self, object grads):
-        """The gradients given to a step, or nothing for the bound ones."""
-        if grads is not BOUND:
-            return [self._listed(grads, "grads")]
-        if self._bound is None:
-            raise TypeError("grads must be given to step() where none were bound")
-        return []
+        return self._exclusively(take_step, grads, grad_scale, zero_grad)
 
     def _check_step(self, grads, grad_scale, zero_grad):
         """Check a step as `step` does and take none, for those who agree on it with others.
 
-        Returns the gradients of all parameters in their order, the lr of every group and the
-        decay of the average.
+        Returns the gradients of all parameters in their order, the options of every group as
+        numbers and flags, and the decay of the average.
         """
-        cdef double scale = number(grad_scale, "grad_scale", POSITIVE), ema_decay
-        cdef Py_ssize_t g
-        self._begin()
-        try:
-            sets = self._one_set(grads)
-            self._prepare(sets, (b"grads",), &scale, flag(zero_grad, "zero_grad"), &ema_decay)
-            lrs = [self._groups[g].options.lr for g in range(self._n_groups)]
-            return (sets[0] if sets else self._bound), lrs, ema_decay
-        finally:
-            self._busy = False
+        return self._exclusively(check_step, grads, grad_scale, zero_grad)
 
     def step_replicas(self, replica_grads, *, grad_scale=1.0, zero_grad=False):
         """Take one step with the mean of several workers' gradients.
@@ -836,155 +690,7 @@ cdef class Plan:
             As `step`; ValueError also for no replica at all and for a gradient that is None in
             some replicas only.
         """
-        cdef Py_ssize_t k
-        self._begin()
-        try:
-            if not isinstance(replica_grads, (list, tuple)):
-                raise TypeError(
-                    "replica_grads must be a list or tuple with one entry for each replica, "
-                    f"got {type(replica_grads).__name__}"
-                )
-            if not replica_grads:
-                raise ValueError("replica_grads must have at least one entry, got none")
-            names = [f"replica_grads[{k}]" for k in range(len(replica_grads))]
-            sets = [self._listed(grads, name)
-                    for grads, name in zip(replica_grads, names, strict=True)]
-            return self._step(sets, tuple([name.encode() for name in names]), grad_scale, zero_grad)
-        finally:
-            self._busy = False
-
-    cdef bint _step(self, list sets, tuple names, object grad_scale, object zero_grad) except -1:
-        """Check, sweep, keep the books; no `sets` at all means the bound gradients."""
-        cdef Py_ssize_t i, n_elements
-        cdef bint zeroing = flag(zero_grad, "zero_grad"), clips = self._max_norm < INFINITY
-        cdef double scale = number(grad_scale, "grad_scale", POSITIVE)
-        cdef double ema_decay, norm
-        cdef Slot *slot
-        cdef Tensor *t
-        n_elements = self._prepare(sets, names, &scale, zeroing, &ema_decay)
-        # Nothing from here on can fail
-        self._grad_norm = None
-        self._nonfinite = ()
-        if self._measures():
-            norm = scale * self._measure(n_elements)
-            if clips or self._track_grad_norm:
-                self._grad_norm = norm
-            if self._skip_nonfinite and self._nonfinite:
-                if zeroing:
-                    self._sweep(ZERO, self._tensors, n_elements)
-                self.skipped += 1
-                return False
-            if clips:
-                norm = self._max_norm / (norm + 1e-6)
-                scale *= 1 if norm > 1 else norm        # a NaN stays
-        self._combine(scale, ema_decay)
-        for i in range(self._n):
-            t = &self._tensors[i]
-            slot = &self._slots[i]
-            t.zero_grad = zeroing
-            t.rule = choose_rule(
-                self._groups[slot.group].family, &self._groups[slot.group].options, slot.first_step
-            )
-            if t.grads[0] != NULL and self._groups[slot.group].family != FAMILY_SGD:
-                slot.first_step = False
-        self._sweep(STEP, self._tensors, n_elements)
-        self.step_count += 1
-        return True
-
-    cdef Py_ssize_t _prepare(
-        self, list sets, tuple names, double *scale, bint zeroing, double *ema_decay
-    ) except -1:
-        """Everything of a step that can fail; return how many elements it steps."""
-        cdef Py_ssize_t n_elements
-        self._check_places()
-        if self._groups_changed():
-            self._read_groups()
-        if self._scheduled:
-            self._follow_schedules()
-        ema_decay[0] = self._current_ema_decay()
-        if sets:
-            scale[0] /= PyList_GET_SIZE(sets)
-        if scale[0] != 1:
-            self._check_grad_scale(scale[0])
-        if sets:
-            n_elements = self._take(sets, names, zeroing)
-        else:
-            n_elements = self._take_bound()
-        if not self._any_gradient():
-            raise ValueError("grads must hold at least one array, got None for every parameter")
-        if self._measures():
-            self._allocate_partials()
-        self._start_velocities()
-        return n_elements
-
-    cdef bint _measures(self) noexcept:
-        """Whether a step sweeps over the gradients first."""
-        return self._max_norm < INFINITY or self._track_grad_norm or self._skip_nonfinite
-
-    cdef bint _any_gradient(self) noexcept:
-        cdef Py_ssize_t i
-        for i in range(self._n):
-            if self._tensors[i].grads[0] != NULL:
-                return True
-        return False
-
-    cdef int _check_grad_scale(self, double scale) except -1:
-        cdef Py_ssize_t g
-        cdef Group group
-        for g in range(self._n_groups):
-            group = self._groups[g]
-            group.options.grad_scale = scale
-            self._check_group(&group, "")
-        return 0
-
-    cdef int _allocate_partials(self) except -1:
-        cdef Py_ssize_t i, n = 0
-        if self._partials != NULL:
-            return 0
-        for i in range(self._n):
-            n += (self._tensors[i].size + CHUNK - 1) // CHUNK
-        self._partials = <Partial *>allocate(n, sizeof(Partial))
-        n = 0
-        for i in range(self._n):
-            self._tensors[i].partials = self._partials + n
-            n += (self._tensors[i].size + CHUNK - 1) // CHUNK
-        return 0
-
-    cdef double _measure(self, Py_ssize_t n_elements):
-        """Sweep once over the gradients: their norm, and which are not finite."""
-        cdef Py_ssize_t nonfinite
-        cdef double total = self._sum_squares(n_elements, 1, &nonfinite)
-        cdef double unit = 1
-        if self._any_float64 and not nonfinite and (total < TINY_SQUARES or not isfinite(total)):
-            # Squares left the range of float64: again, in a unit that keeps them inside.
-            unit = ldexp(1, RESCALE if total < 1 else -RESCALE)
-            total = self._sum_squares(n_elements, unit, &nonfinite)
-        return sqrt(total) / unit
-
-    cdef double _sum_squares(self, Py_ssize_t n_elements, double unit, Py_ssize_t *nonfinite):
-        """Add up the chunks in their order, whichever thread did them."""
-        cdef Py_ssize_t i, chunk, count
-        cdef double total = 0
-        cdef Tensor *t
-        cdef list found = []
-        for i in range(self._n):
-            self._tensors[i].unit = unit
-        self._sweep(SQUARES, self._tensors, n_elements)
-        for i in range(self._n):
-            t = &self._tensors[i]
-            if t.grads[0] == NULL:
-                continue
-            count = 0
-            for chunk in range((t.size + CHUNK - 1) // CHUNK):
-                total += t.partials[chunk].squares
-                count += t.partials[chunk].nonfinite
-            if count:
-                found.append(i)
-        if self._join_squares is not None:
-            total, found = self._join_squares(total, found)
-        nonfinite[0] = len(found)
-        self._nonfinite = tuple(found)
-        return total
+        return self._exclusively(take_replicas, replica_grads, grad_scale, zero_grad)
 
     @property
     def grad_norm(self):
@@ -1020,56 +726,7 @@ cdef class Plan:
         TypeError, ValueError, RuntimeError
             As `step`; RuntimeError also where no gradients are bound.
         """
-        cdef Py_ssize_t i, n_elements
-        cdef list sets
-        cdef Scalars plus
-        cdef optcore_options o = default_options()
-        self._begin()
-        try:
-            if self._bound is None:
-                raise RuntimeError("accumulate() needs gradients bound with SGD(..., grads=...)")
-            sets = [self._listed(grads, "grads")]
-            self._check_places()
-            self._take_bound()
-            n_elements = self._take(sets, (b"grads",), False)
-            for i in range(self._n):
-                if self._pointers[i] != NULL and self._slots[i].bound == NULL:
-                    raise ValueError(
-                        f"{self._spell(b'grads', i)} must be None where no gradient is bound, "
-                        "got an array"
-                    )
-            self._refuse_self_sum()
-            # g + h is x - lr * d with x = g, d = h and lr = -1, to the last bit
-            o.lr = -1
-            plus = combine(&o)
-            for i in range(self._n):
-                self._sums[i] = one_tensor(
-                    <void *>self._slots[i].bound, self._tensors[i].grads, NULL,
-                    self._tensors[i].size, self._tensors[i].dtype, SGD_RULE, &plus
-                )
-            self._sweep(STEP, self._sums, n_elements)
-        finally:
-            self._busy = False
-
-    cdef int _refuse_self_sum(self) except -1:
-        """Refuse gradients that overlap the bound ones they are to be added to."""
-        cdef Py_ssize_t i, at, n = 0
-        self._spans = <Span *>reallocate(self._spans, self._n, sizeof(Span))
-        for i in range(self._n):
-            if self._slots[i].bound != NULL and self._tensors[i].size:
-                self._spans[n] = self._span_at(self._slots[i].bound, i, i)
-                n += 1
-        sort_spans(self._spans, n)
-        for i in range(self._n):
-            if self._pointers[i] != NULL:
-                at = overlapped_by(self._spans, n, self._span_at(self._pointers[i], i, i))
-                if at >= 0:
-                    raise ValueError(
-                        f"{self._spell(b'grads', i)} must not share memory with the "
-                        f"gradient bound to {self._spell(b'params', self._spans[at].owner)}, "
-                        "got overlapping arrays"
-                    )
-        return 0
+        self._exclusively(add_up, grads)
 
     def zero_grad(self):
         """Set the bound gradients to zero.
@@ -1079,102 +736,199 @@ cdef class Plan:
         ValueError, RuntimeError
             As `accumulate`.
         """
-        self._begin()
-        try:
-            if self._bound is None:
-                raise RuntimeError("zero_grad() needs gradients bound with SGD(..., grads=...)")
-            self._sweep(ZERO, self._tensors, self._take_bound())
-        finally:
-            self._busy = False
+        self._exclusively(zero_bound)
 
     # State
 
     @property
     def _state(self):
-        """For each parameter its velocity, average (or None) and first-step flag."""
+        """For each parameter its states by name, "ema" (None where there is none), "first_step"."""
         cdef Py_ssize_t i
-        nothing = (None,) * self._n
+        arrays = dict(zip((*self._state_names, "ema"), (*self._states, self._averages)))
         return [
-            (velocity, average, bool(self._slots[i].first_step))
-            for i, (velocity, average) in enumerate(
-                zip(self._velocities or nothing, self._averages or nothing, strict=True)
-            )
+            {**{name: of_all and of_all[i] for name, of_all in arrays.items()},
+             "first_step": bool(self._slots[i].first_step)}
+            for i in range(self._n)
         ]
 
-    def _snapshot(self):
-        """Copies of what `_state` gives, of one step and not of two, under checked groups."""
-        self._begin()
-        try:
-            if self._groups_changed():
-                self._read_groups()
-            return [
-                tuple([a.copy(order="K") if isinstance(a, np.ndarray) else a for a in state])
-                for state in self._state
-            ]
-        finally:
-            self._busy = False
+    def _snapshot(self, bint include_params=False):
+        """Return copies of all that one moment holds: state, groups, counts and options."""
+        return self._exclusively(copy_state, include_params)
 
-    def _restore(
-        self, list groups, velocities, averages, first_steps, Py_ssize_t step_count,
-        Py_ssize_t skipped, dict options=None
-    ):
-        """Take over a checked state; None where a velocity, average or the options stay."""
-        cdef Py_ssize_t i
-        self._begin()
-        try:
-            self._check_places()
-            before = (
-                self.param_groups, self._max_norm, self._skip_nonfinite, self._track_grad_norm,
-                self._ema_decay, self._ema_schedule,
-            )
-            self.param_groups = groups
-            try:
-                if options is None:
-                    self._read_groups()
-                else:
-                    self.max_norm = options["max_norm"]     # reads the groups
-                    self.skip_nonfinite = options["skip_nonfinite"]
-                    self.track_grad_norm = options["track_grad_norm"]
-                    if options["ema_decay"] is not None:
-                        self._set_ema_decay(options["ema_decay"])
-                if any([v is not None for v in velocities]) and self._velocities is None:
-                    self._allocate_velocities()
-                self._start_velocities()
-            except BaseException:
-                (
-                    self.param_groups, self._max_norm, self._skip_nonfinite,
-                    self._track_grad_norm, self._ema_decay, self._ema_schedule,
-                ) = before
-                raise
-            for i in range(self._n):
-                if self._velocities is not None:
-                    self._velocities[i][...] = 0 if velocities[i] is None else velocities[i]
-                if self._averages is not None and averages[i] is not None:
-                    self._averages[i][...] = averages[i]
-                self._slots[i].first_step = first_steps[i]
-            self.step_count = step_count
-            self.skipped = skipped
-            self._grad_norm = None
-            self._nonfinite = ()
-        finally:
-            self._busy = False
+    def _restore(self, list groups, list entries, dict options, counts, writes=()):
+        """Take over a checked state.
+
+        `entries` are as `_state` has them, None where an average or all that is kept stays as it
+        is; states of None become zero. `options` are those of the whole optimizer to change,
+        `counts` the steps applied and skipped, `writes` pairs of an array and what it becomes.
+        """
+        self._exclusively(take_state, groups, entries, (options, counts, writes))
+
+    @property
+    def _join_squares(self):
+        """Where others hold the rest of the gradients: forms everyone's sum of squares.
+
+        Called with this plan's, and the indices of its parameters that are not finite.
+        """
+        return self._norm.join
+
+    @_join_squares.setter
+    def _join_squares(self, join):
+        self._norm.join = join
 
 
-def checked_lr(value, name):
-    """Return a learning rate as a checked float."""
-    return number(value, name, NONNEGATIVE)
+# The calls that `_exclusively` runs
+
+cdef object take_step(Plan self, object grads, object grad_scale, object zero_grad):
+    cdef Step step = self._prepare(self._sets_of(grads), GRADS, grad_scale, zero_grad)
+    return self._step(&step)
 
 
-cdef void *allocate(Py_ssize_t n, size_t itemsize) except NULL:
-    cdef void *memory = calloc(max(n, 1), itemsize)
-    if memory == NULL:
-        raise MemoryError
-    return memory
+cdef object check_step(Plan self, object grads, object grad_scale, object zero_grad):
+    cdef list sets = self._sets_of(grads)
+    cdef Step step = self._prepare(sets, GRADS, grad_scale, zero_grad)
+    return (self._bound if sets is None else sets[0]), self._groups.values(), step.ema_decay
 
 
-cdef void *reallocate(void *memory, Py_ssize_t n, size_t itemsize) except NULL:
-    """Grow or shrink; where that fails, the old memory stays as it was."""
-    memory = realloc(memory, max(n, 1) * itemsize)
-    if memory == NULL:
-        raise MemoryError
-    return memory
+cdef object take_replicas(Plan self, object replica_grads, object grad_scale, object zero_grad):
+    cdef Step step
+    cdef Py_ssize_t k
+    if not isinstance(replica_grads, (list, tuple)):
+        raise TypeError(
+            "replica_grads must be a list or tuple with one entry for each replica, "
+            f"got {type(replica_grads).__name__}"
+        )
+    if not replica_grads:
+        raise ValueError("replica_grads must have at least one entry, got none")
+    names = [f"replica_grads[{k}]" for k in range(len(replica_grads))]
+    sets = [self._listed(grads, name) for grads, name in zip(replica_grads, names, strict=True)]
+    labels = tuple([name.encode() for name in names])
+    step = self._prepare(sets, labels, grad_scale, zero_grad)
+    return self._step(&step)
+
+
+cdef object add_up(Plan self, object grads, object _, object __):
+    cdef Py_ssize_t i
+    cdef Step step
+    cdef Scalars plus
+    cdef Options o = default_options()
+    cdef Tensor *sums
+    cdef Tensor *t
+    if self._bound is None:
+        raise RuntimeError("accumulate() needs gradients bound with SGD(..., grads=...)")
+    sets = [self._listed(grads, "grads")]
+    step.zeroing = False
+    self._view(sets, GRADS, False)
+    self._take(None, GRADS, &step)
+    self._take(sets, GRADS, &step)
+    self._others.clear(self._n)
+    for i in range(self._n):
+        self._add_other(self._slots[i].bound, i, i)
+    self._others.sort(&i, &i)           # they lie apart, as _bind saw
+    # g + h is x - lr * d with x = g, d = h and lr = -1, to the last bit
+    o.kernel.lr = -1
+    plus = combine(&o.kernel)
+    sums = <Tensor *>self._sums.at
+    for i in range(self._n):
+        t = &self._tensors[i]
+        refuse_self_sum(self, i, t.grads[0].data)
+        sums[i] = one_tensor(
+            <void *>self._slots[i].bound, t.param.storage, t.size, t.grads, &plus
+        )
+        sums[i].rule = SGD
+    sweep_all(STEP, sums, self._n, step.n_elements)
+
+
+cdef int refuse_self_sum(Plan self, Py_ssize_t i, const void *data) except -1:
+    """Refuse a gradient without a bound one to add it to, or one that overlaps those."""
+    cdef Py_ssize_t owner
+    if data == NULL:
+        return 0
+    if self._slots[i].bound == NULL:
+        raise ValueError(
+            f"{spell(self._label(b'grads', i))} must be None where no gradient is bound, "
+            "got an array"
+        )
+    owner = self._others.owner_over(self._span_like(data, i, i))
+    if owner >= 0:
+        raise ValueError(
+            f"{spell(self._label(b'grads', i))} must not share memory with the gradient bound "
+            f"to {spell(self._label(b'params', owner))}, got overlapping arrays"
+        )
+    return 0
+
+
+cdef object zero_bound(Plan self, object _, object __, object ___):
+    cdef Step step
+    if self._bound is None:
+        raise RuntimeError("zero_grad() needs gradients bound with SGD(..., grads=...)")
+    step.zeroing = True
+    self._take(None, GRADS, &step)
+    sweep_all(ZERO, self._tensors, self._n, step.n_elements)
+
+
+cdef object set_option(Plan self, object name, object value, object _):
+    self._adopt(self.param_groups, {name: value})
+
+
+cdef object copy_state(Plan self, object include_params, object _, object __):
+    self._read_groups()
+    entries = self._state
+    if include_params:
+        entries = [{**entry, "param": param}
+                   for entry, param in zip(entries, self._params, strict=True)]
+    return {
+        "state": [
+            {key: a.copy(order="K") if isinstance(a, np.ndarray) else a for key, a in entry.items()}
+            for entry in entries
+        ],
+        "param_groups": [dict(group) for group in self.param_groups],
+        "step_count": self.step_count,
+        "skipped": self.skipped,
+        "options": {name: getattr(self, name) for name in OPTIMIZER_OPTIONS},
+    }
+
+
+cdef object take_state(Plan self, object groups, object entries, object rest):
+    cdef Py_ssize_t i, k
+    options, (step_count, skipped), writes = rest
+    self._check_places()
+    new = {k: self._allocated() for k, name in enumerate(self._state_names)
+           if self._states[k] is None and any([entry[name] is not None for entry in entries])}
+    self._adopt(groups, {name: value for name, value in options.items()
+                         if name != "ema_decay" or value is not None})
+    # Nothing from here on can fail
+    for k, arrays in new.items():
+        self._install_state(k, arrays)
+    for i, entry in enumerate(entries):
+        for name, arrays in zip(self._state_names, self._states, strict=True):
+            if arrays is not None:
+                arrays[i][...] = 0 if entry[name] is None else entry[name]
+        if self._averages is not None and entry["ema"] is not None:
+            self._averages[i][...] = entry["ema"]
+        self._slots[i].first_step = entry["first_step"]
+    for array, value in writes:
+        array[...] = value
+    self.step_count = step_count
+    self.skipped = skipped
+    self._grad_norm = None
+    self._nonfinite = None
+
+
+# Rules by their names
+
+cdef Rule rule_named(object name) except -2:
+    cdef Rule rule
+    if name is None:
+        return -1
+    for rule in range(N_RULES):
+        if RULE_ROWS[rule].name.decode() == name:
+            return rule
+    raise ValueError(f"rule must be one of optcore's, got {name!r}")
+
+
+cdef tuple states_of(Rule rule):
+    """The names of a rule's states; of all that momentum and nesterov choose from, the most."""
+    cdef int k
+    rule = NESTEROV if rule < 0 else rule
+    return tuple([RULE_ROWS[rule].states[k].decode() for k in range(RULE_ROWS[rule].n_states)])

@@ -1,77 +1,124 @@
-"""The equations, and nothing else.
+"""The rules: a table of what each is called and keeps, and the equations.
 
-x is one element of a parameter, d its gradient after scale, clip and coupled
-decay, v its velocity; a rule updates x and v. Every operation is rounded to
-`real`, left to right as written: these lines are the specification of the
-bits. To add a rule, write it here, name it in `Rule` and add its row to
-`apply_rule`.
+x is one element of a parameter, d its gradient after scale, clip and coupled decay, the others
+its states (v a velocity); a rule updates x and its states. Every operation is rounded to `real`,
+left to right as written: these lines are the specification of the bits. The rules' names and
+those of their states stand in the list of optcore.h.
+
+A rule may have variants: other equations under the same name, chosen by its options.
 """
 from optcore.simd cimport inlined
 
-# The arithmetic types. Storage types are the sweep's business.
+# The arithmetic types. How arrays are stored is storage.pxd's business.
 ctypedef fused real:
     float
     double
 
-cdef enum Rule:
-    SGD
-    MOMENTUM
-    MOMENTUM_FIRST
-    MOMENTUM_LR_IN_VELOCITY
-    NESTEROV
-    NESTEROV_LR_IN_VELOCITY
+# The numbers a step needs, combined in float64; equations round each once to `real`.
+# Neutral values cost nothing and change no bit.
+cdef struct Scalars:
+    double lr
+    double momentum
+    double undamped         # 1 - dampening
+    double weight_decay     # coupled; 0: none
+    double shrink           # 1 - lr * weight_decay where decay is decoupled, else 1
+    double scale            # grad_scale * clipping / number of gradients, negative to maximize
+    double clip_value       # infinity: none
+    double ema_decay
+    double ema_weight       # 1 - ema_decay
+
+cdef extern from *:
+    """
+    #include <optcore.h>
+    #define OPTCORE_MOST_RULES 8        /* that run_rule tells apart */
+    #define OPTCORE_MOST_STATES 3
+    #define OPTCORE_ROW_0(rule) {#rule, 0, {0}},
+    #define OPTCORE_ROW_1(rule, s) {#rule, 1, {#s}},
+    #define OPTCORE_ROW_2(rule, s, t) {#rule, 2, {#s, #t}},
+    #define OPTCORE_ROW_3(rule, s, t, u) {#rule, 3, {#s, #t, #u}},
+    static const struct optcore_rule_row {
+        const char *name;
+        int n_states;
+        const char *states[OPTCORE_MOST_STATES];
+    } optcore_rule_rows[] = {
+        OPTCORE_RULES(OPTCORE_ROW_0, OPTCORE_ROW_1, OPTCORE_ROW_2, OPTCORE_ROW_3)
+    };
+    typedef char optcore_rules_fit[OPTCORE_N_RULES <= OPTCORE_MOST_RULES ? 1 : -1];
+    """
+    enum:
+        MOST_STATES "OPTCORE_MOST_STATES"
+        N_RULES "OPTCORE_N_RULES"
+    struct RuleRow "optcore_rule_row":
+        const char *name
+        int n_states
+        const char **states
+    const RuleRow *RULE_ROWS "optcore_rule_rows"
+
+ctypedef int Rule           # a place in RULE_ROWS
+
+cdef enum Variant:
+    PLAIN
+    FIRST                   # the first step of a dampened momentum: the velocity starts undampened
+    LR_IN_VELOCITY
 
 
-cdef inline inlined sgd(real *x, real d, real lr) noexcept nogil:
-    x[0] = x[0] - lr * d
+# The equations
 
+cdef extern from *:
+    enum:
+        SGD "OPTCORE_RULE_sgd"
+
+cdef inline inlined sgd(real *x, real d, const Scalars *s) noexcept nogil:
+    x[0] = x[0] - <real>s.lr * d
+
+
+cdef extern from *:
+    enum:
+        MOMENTUM "OPTCORE_RULE_momentum"
 
 cdef inline inlined momentum(
-    real *x, real d, real *v, real lr, real rho, real undamped
+    const Variant variant, real *x, real d, real *v, const Scalars *s
 ) noexcept nogil:
-    # undamped is 1 - dampening; a factor of 1 changes no bit
-    v[0] = rho * v[0] + undamped * d
-    x[0] = x[0] - lr * v[0]
+    if variant == LR_IN_VELOCITY:
+        v[0] = <real>s.momentum * v[0] - <real>s.lr * d
+        x[0] = x[0] + v[0]
+        return
+    if variant == FIRST:
+        v[0] = d
+    else:                   # a factor of 1 changes no bit
+        v[0] = <real>s.momentum * v[0] + <real>s.undamped * d
+    x[0] = x[0] - <real>s.lr * v[0]
 
 
-cdef inline inlined momentum_first(real *x, real d, real *v, real lr) noexcept nogil:
-    # the first step of a dampened momentum: the velocity starts undampened
-    v[0] = d
-    x[0] = x[0] - lr * v[0]
+cdef extern from *:
+    enum:
+        NESTEROV "OPTCORE_RULE_nesterov"
 
-
-cdef inline inlined momentum_lr_in_velocity(
-    real *x, real d, real *v, real lr, real rho
+cdef inline inlined nesterov(
+    const Variant variant, real *x, real d, real *v, const Scalars *s
 ) noexcept nogil:
-    v[0] = rho * v[0] - lr * d
-    x[0] = x[0] + v[0]
-
-
-cdef inline inlined nesterov(real *x, real d, real *v, real lr, real rho) noexcept nogil:
-    v[0] = rho * v[0] + d
-    x[0] = x[0] - lr * (d + rho * v[0])
-
-
-cdef inline inlined nesterov_lr_in_velocity(
-    real *x, real d, real *v, real lr, real rho
-) noexcept nogil:
-    v[0] = rho * v[0] - lr * d
-    x[0] = x[0] + (rho * v[0] - lr * d)
+    if variant == LR_IN_VELOCITY:
+        v[0] = <real>s.momentum * v[0] - <real>s.lr * d
+        x[0] = x[0] + (<real>s.momentum * v[0] - <real>s.lr * d)
+    else:
+        v[0] = <real>s.momentum * v[0] + d
+        x[0] = x[0] - <real>s.lr * (d + <real>s.momentum * v[0])
 
 
 cdef inline inlined apply_rule(
-    const Rule rule, real *x, real d, real *v, real lr, real rho, real undamped
+    const Rule rule, const Variant variant, real *x, real d, real *states, const Scalars *s
 ) noexcept nogil:
-    """Apply the rule a compile-time constant names; the other branches vanish."""
+    """Apply the rule that a compile-time constant names; the other rows vanish."""
     if rule == SGD:
-        sgd(x, d, lr)
+        sgd(x, d, s)
     elif rule == MOMENTUM:
-        momentum(x, d, v, lr, rho, undamped)
-    elif rule == MOMENTUM_FIRST:
-        momentum_first(x, d, v, lr)
-    elif rule == MOMENTUM_LR_IN_VELOCITY:
-        momentum_lr_in_velocity(x, d, v, lr, rho)
+        momentum(variant, x, d, &states[0], s)
     elif rule == NESTEROV:
-        nesterov(x, d, v, lr, rho)
-    elif rule == NESTEROV_LR_IN_VELOCITY:
-        nesterov_lr_in_velocity(x, d, v, lr, rho)
+        nesterov(variant, x, d, &states[0], s)
+
+
+cdef inline bint has_variant(const Rule rule, const Variant variant) noexcept nogil:
+    """Whether a rule's equations differ in a variant; a rule not named here has none."""
+    if variant == LR_IN_VELOCITY:
+        return rule == MOMENTUM or rule == NESTEROV
+    return variant == PLAIN or rule == MOMENTUM

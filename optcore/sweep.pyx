@@ -1,4 +1,4 @@
-"""The loops: one for each rule, compiled for each dtype and SIMD level.
+"""The loops: one for each rule, compiled for each arithmetic type and SIMD level.
 
 `sweep_in_use` gives the function that runs one kind of sweep over a range of one tensor, at the
 SIMD level in use. Beneath it everything is inlined into one function per level, so that each
@@ -7,25 +7,30 @@ level's compiler flags reach every loop and each constant argument becomes code.
 Options come in three places. What is neutral for free (scale, maximize, decoupled decay,
 dampening) is always in the rule's loop; coupled decay has a loop of its own, for no value of
 λ leaves every bit as it was; the rest (several gradients, clipping by value, averaging,
-zeroing) are stages around the rule's loop, run block by block while the block is in L1.
+zeroing) are stages around the rule's loop, run block by block while the block is in L1. So is
+the opening of arrays that are stored in another type than they are stepped in.
 """
 from libc.math cimport INFINITY, isfinite
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
 from optcore.rules cimport (
-    MOMENTUM,
-    MOMENTUM_FIRST,
-    MOMENTUM_LR_IN_VELOCITY,
-    NESTEROV,
-    NESTEROV_LR_IN_VELOCITY,
-    SGD,
+    FIRST,
+    LR_IN_VELOCITY,
+    MOST_STATES,
+    N_RULES,
+    PLAIN,
+    RULE_ROWS,
     Rule,
+    Scalars,
+    Variant,
     apply_rule,
+    has_variant,
     real,
 )
 from optcore.runtime cimport N_SIMD_LEVELS, simd_level
 from optcore.simd cimport avx2, avx512, baseline, inlined
+from optcore.storage cimport FLOAT64, arithmetic_of, closed, holds, itemsize_of, load, opened
 
 cdef enum:
     # Elements that a stage hands to the next: 1 to 2 KiB an array. Measured: with 4 KiB the
@@ -34,95 +39,121 @@ cdef enum:
     LINE = 64           # bytes of a cache line
     LANES = 16          # of the norm: one AVX-512 load of float32
 
-# What arrays are stored in. Arithmetic is done in `real`; a storage type narrower than its
-# arithmetic type joins here, and its gradients always pass through the scratch block.
-ctypedef fused storage:
-    float
-    double
-
 
 # The rule's loop
 
 cdef inline inlined rule_loop(
     const Rule rule,
+    const Variant variant,
     const bint decay,
-    storage *restrict x,
+    real *restrict x,
     const real *restrict d,
+    real *restrict u,
     real *restrict v,
+    real *restrict w,
     Py_ssize_t n,
     real scale,
     const Scalars *s,
 ) noexcept nogil:
-    cdef real lr = <real>s.lr
-    cdef real rho = <real>s.momentum
-    cdef real undamped = <real>s.undamped
     cdef real weight_decay = <real>s.weight_decay
     cdef real shrink = <real>s.shrink
-    cdef real xi, di, vi
+    cdef real xi, di
+    cdef real[MOST_STATES] states
     cdef Py_ssize_t i
     for i in range(n):
-        xi = <real>x[i]
+        xi = x[i]
         di = scale * d[i]
         if decay:
             di = di + weight_decay * xi
         xi = xi * shrink
-        if rule == SGD:
-            apply_rule(rule, &xi, di, NULL, lr, rho, undamped)
-        else:
-            vi = v[i]
-            apply_rule(rule, &xi, di, &vi, lr, rho, undamped)
-            v[i] = vi
-        x[i] = <storage>xi
+        if RULE_ROWS[rule].n_states > 0:
+            states[0] = u[i]
+        if RULE_ROWS[rule].n_states > 1:
+            states[1] = v[i]
+        if RULE_ROWS[rule].n_states > 2:
+            states[2] = w[i]
+        apply_rule(rule, variant, &xi, di, states, s)
+        if RULE_ROWS[rule].n_states > 0:
+            u[i] = states[0]
+        if RULE_ROWS[rule].n_states > 1:
+            v[i] = states[1]
+        if RULE_ROWS[rule].n_states > 2:
+            w[i] = states[2]
+        x[i] = xi
 
 
-cdef inline inlined rule_loops(
-    const Rule rule,
-    storage *x,
-    const real *d,
-    real *v,
-    Py_ssize_t n,
-    real scale,
-    const Scalars *s,
+cdef inline inlined run_decay(
+    const Rule rule, const Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
+    Py_ssize_t n, real scale, const Scalars *s,
 ) noexcept nogil:
+    """Run over n elements of x and d, and those of the rule's states from `at` on."""
+    cdef real *u = NULL
+    cdef real *v = NULL
+    cdef real *w = NULL
+    if RULE_ROWS[rule].n_states > 0:
+        u = states[0] + at
+    if RULE_ROWS[rule].n_states > 1:
+        v = states[1] + at
+    if RULE_ROWS[rule].n_states > 2:
+        w = states[2] + at
     if s.weight_decay != 0:
-        rule_loop(rule, True, x, d, v, n, scale, s)
+        rule_loop(rule, variant, True, x, d, u, v, w, n, scale, s)
     else:
-        rule_loop(rule, False, x, d, v, n, scale, s)
+        rule_loop(rule, variant, False, x, d, u, v, w, n, scale, s)
+
+
+cdef inline inlined run_variant(
+    const Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
+    Py_ssize_t n, real scale, const Scalars *s,
+) noexcept nogil:
+    if rule >= N_RULES:
+        return
+    if has_variant(rule, LR_IN_VELOCITY) and variant == LR_IN_VELOCITY:
+        run_decay(rule, LR_IN_VELOCITY, x, d, states, at, n, scale, s)
+    elif has_variant(rule, FIRST) and variant == FIRST:
+        run_decay(rule, FIRST, x, d, states, at, n, scale, s)
+    else:
+        run_decay(rule, PLAIN, x, d, states, at, n, scale, s)
 
 
 cdef inline inlined run_rule(
-    Rule rule, storage *x, const real *d, real *v, Py_ssize_t n, real scale, const Scalars *s
+    Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
+    Py_ssize_t n, real scale, const Scalars *s,
 ) noexcept nogil:
-    """Turn the rule's number into a constant: one row, one pair of loops."""
-    if rule == SGD:
-        rule_loops(SGD, x, d, v, n, scale, s)
-    elif rule == MOMENTUM:
-        rule_loops(MOMENTUM, x, d, v, n, scale, s)
-    elif rule == MOMENTUM_FIRST:
-        rule_loops(MOMENTUM_FIRST, x, d, v, n, scale, s)
-    elif rule == MOMENTUM_LR_IN_VELOCITY:
-        rule_loops(MOMENTUM_LR_IN_VELOCITY, x, d, v, n, scale, s)
-    elif rule == NESTEROV:
-        rule_loops(NESTEROV, x, d, v, n, scale, s)
-    elif rule == NESTEROV_LR_IN_VELOCITY:
-        rule_loops(NESTEROV_LR_IN_VELOCITY, x, d, v, n, scale, s)
+    """Turn the rule's number into a constant; numbers that no rule has compile to nothing."""
+    if rule == 0:
+        run_variant(0, variant, x, d, states, at, n, scale, s)
+    elif rule == 1:
+        run_variant(1, variant, x, d, states, at, n, scale, s)
+    elif rule == 2:
+        run_variant(2, variant, x, d, states, at, n, scale, s)
+    elif rule == 3:
+        run_variant(3, variant, x, d, states, at, n, scale, s)
+    elif rule == 4:
+        run_variant(4, variant, x, d, states, at, n, scale, s)
+    elif rule == 5:
+        run_variant(5, variant, x, d, states, at, n, scale, s)
+    elif rule == 6:
+        run_variant(6, variant, x, d, states, at, n, scale, s)
+    elif rule == 7:
+        run_variant(7, variant, x, d, states, at, n, scale, s)
 
 
 # The stages around it, each over at most BLOCK elements
 
 cdef inline inlined add_gradients(
-    real *restrict d, void **grads, int n_grads, Py_ssize_t begin, Py_ssize_t n, storage tag
+    real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n
 ) noexcept nogil:
-    """d = ((g0 + g1) + g2) + …, in the arithmetic type; `tag` names the storage type."""
-    cdef const storage *g = <const storage *>grads[0] + begin
+    """d = ((g0 + g1) + g2) + …, in the arithmetic type."""
+    cdef real[BLOCK] scratch
+    cdef real *g
     cdef Py_ssize_t i
     cdef int k
-    for i in range(n):
-        d[i] = <real>g[i]
-    for k in range(1, n_grads):
-        g = <const storage *>grads[k] + begin
+    load(d, t.grads, begin, n)
+    for k in range(1, t.n_grads):
+        opened(&g, &t.grads[k], begin, n, scratch, False)
         for i in range(n):
-            d[i] = d[i] + <real>g[i]
+            d[i] = d[i] + g[i]
 
 
 cdef inline inlined scale_and_clip(
@@ -138,73 +169,99 @@ cdef inline inlined scale_and_clip(
 
 
 cdef inline inlined average(
-    real *restrict e, const storage *restrict x, Py_ssize_t n, const Scalars *s
+    real *restrict e, const real *restrict x, Py_ssize_t n, const Scalars *s
 ) noexcept nogil:
     """e = decay * e + (1 - decay) * x."""
     cdef real decay = <real>s.ema_decay
     cdef real weight = <real>s.ema_weight
     cdef Py_ssize_t i
     for i in range(n):
-        e[i] = decay * e[i] + weight * <real>x[i]
+        e[i] = decay * e[i] + weight * x[i]
 
 
-cdef inline inlined zero_gradients(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t n, size_t itemsize
-) noexcept nogil:
+cdef inline inlined zero_gradients(const Tensor *t, Py_ssize_t begin, Py_ssize_t n) noexcept nogil:
+    cdef size_t itemsize
     cdef int k
     for k in range(t.n_grads):
-        memset(<char *>t.grads[k] + begin * itemsize, 0, n * itemsize)
+        itemsize = itemsize_of(t.grads[k].storage)
+        memset(<char *>t.grads[k].data + begin * itemsize, 0, n * itemsize)
 
 
 # The sweeps
 
-cdef inline inlined step(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, storage tag, real arithmetic
+cdef inline bint lies_open(const Tensor *t, real arithmetic) noexcept nogil:
+    """Whether the arrays of a rule's loop are stored as `real`; states that it lacks are so too."""
+    cdef bint opens = not holds(t.param.storage, arithmetic)
+    cdef int k
+    opens |= not holds(t.grads[0].storage, arithmetic)
+    for k in range(MOST_STATES):
+        opens |= not holds(t.states[k].storage, arithmetic)
+    return not opens
+
+
+cdef inline inlined step_blocks(
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, const bint is_open, real arithmetic
 ) noexcept nogil:
-    """Step x[begin:end]; the last two arguments only name their types, as a template's would.
+    """Step x[begin:end]; the last argument only names its type, as a template's would.
 
     The first block ends where the parameter reaches a cache line, so that no later load or
     store of it splits one; NumPy's own arrays lie 16 bytes past a line.
     """
-    cdef storage *x = <storage *>t.param + begin
-    cdef real *v = NULL
-    cdef real *e = NULL
-    cdef const real *d
-    cdef real scratch[BLOCK]
-    cdef real scale = <real>t.scalars.scale
-    cdef real bound = <real>t.scalars.clip_value
-    cdef bint staged = (
-        t.n_grads > 1 or bound < INFINITY or sizeof(storage) != sizeof(real)
-    )
+    cdef real scratch_x[BLOCK]
+    cdef real scratch_d[BLOCK]
+    cdef real scratch[MOST_STATES][BLOCK]
+    cdef real *x
+    cdef real *d
+    cdef real *states[MOST_STATES]
+    cdef const Scalars *s = t.scalars
+    cdef real bound = <real>s.clip_value
+    cdef bint staged = t.n_grads > 1 or bound < INFINITY
+    cdef real scale = 1 if staged else <real>s.scale
+    cdef size_t itemsize = sizeof(real) if is_open else itemsize_of(t.param.storage)
     cdef Py_ssize_t block = end - begin
-    cdef Py_ssize_t n = <Py_ssize_t>(-<uintptr_t>x % LINE // sizeof(storage))
-    if staged or t.ema or t.zero_grad:
+    cdef Py_ssize_t n = -(<uintptr_t>t.param.data + begin * itemsize) % LINE // itemsize
+    cdef int k
+    if staged or t.ema or t.zero_grad or not is_open:
         block = BLOCK
-    if t.velocity:
-        v = <real *>t.velocity + begin
-    if t.ema:
-        e = <real *>t.ema + begin
     if n == 0:
         n = block
     while begin < end:
         n = min(n, end - begin)
         if staged:
-            add_gradients(scratch, t.grads, t.n_grads, begin, n, tag)
-            scale_and_clip(scratch, n, scale, bound)
-            run_rule(t.rule, x, <const real *>scratch, v, n, <real>1, t.scalars)
+            d = scratch_d
+            add_gradients(d, t, begin, n)
+            scale_and_clip(d, n, <real>s.scale, bound)
         else:
-            d = <const real *>t.grads[0] + begin
-            run_rule(t.rule, x, d, v, n, scale, t.scalars)
-        if e:
-            average(e, x, n, t.scalars)
-            e += n
+            opened(&d, t.grads, begin, n, scratch_d, is_open)
+        opened(&x, &t.param, begin, n, scratch_x, is_open)
+        for k in range(MOST_STATES):
+            if is_open:
+                states[k] = <real *>t.states[k].data
+            elif t.states[k].data:
+                opened(&states[k], &t.states[k], begin, n, scratch[k], False)
+        run_rule(
+            t.rule, t.variant, x, d, states, begin if is_open else 0, n, scale, s
+        )
+        if not is_open:
+            for k in range(MOST_STATES):
+                if t.states[k].data:
+                    closed(states[k], &t.states[k], begin, n)
+            closed(x, &t.param, begin, n)
+        if t.ema:
+            average(<real *>t.ema + begin, x, n, s)
         if t.zero_grad:
-            zero_gradients(t, begin, n, sizeof(storage))
-        x += n
-        if v:
-            v += n
+            zero_gradients(t, begin, n)
         begin += n
         n = block
+
+
+cdef inline inlined step(
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic
+) noexcept nogil:
+    if lies_open(t, arithmetic):
+        step_blocks(t, begin, end, True, arithmetic)
+    else:
+        step_blocks(t, begin, end, False, arithmetic)
 
 
 cdef inline inlined add_squares(
@@ -236,27 +293,29 @@ cdef inline inlined fold(double *lanes, const int half) noexcept nogil:
 
 
 cdef inline Py_ssize_t count_nonfinite(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, storage tag, real arithmetic
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic
 ) noexcept nogil:
     """Count the non-finite sums of gradients; runs only where a sum of squares was not finite."""
     cdef real d
     cdef Py_ssize_t i, count = 0
     for i in range(begin, end):
-        add_gradients(&d, t.grads, t.n_grads, i, 1, tag)
+        add_gradients(&d, t, i, 1)
         count += not isfinite(<double>d)
     return count
 
 
 cdef inline inlined squares(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, storage tag, real arithmetic
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic
 ) noexcept nogil:
     """Fill the partials of the chunks in [begin, end); `begin` is a multiple of CHUNK."""
     cdef double lanes[LANES]
-    cdef real scratch[BLOCK]
-    cdef bint staged = t.n_grads > 1 or sizeof(storage) != sizeof(real)
-    cdef Py_ssize_t block = BLOCK if staged else CHUNK
+    cdef real[BLOCK] scratch
+    cdef real *d
+    cdef Py_ssize_t block = CHUNK
     cdef Py_ssize_t i, n, stop
     cdef Partial *partial
+    if t.n_grads > 1 or not holds(t.grads[0].storage, arithmetic):
+        block = BLOCK
     while begin < end:
         stop = min(begin + CHUNK, end)
         partial = &t.partials[begin // CHUNK]
@@ -264,11 +323,12 @@ cdef inline inlined squares(
         i = begin
         while i < stop:
             n = min(block, stop - i)
-            if staged:
-                add_gradients(scratch, t.grads, t.n_grads, i, n, tag)
-                add_squares(lanes, <const real *>scratch, n, t.unit)
+            if t.n_grads > 1:
+                d = scratch
+                add_gradients(d, t, i, n)
             else:
-                add_squares(lanes, <const real *>t.grads[0] + i, n, t.unit)
+                opened(&d, t.grads, i, n, scratch, False)
+            add_squares(lanes, d, n, t.unit)
             i += n
         fold(lanes, LANES // 2)
         fold(lanes, LANES // 4)
@@ -277,29 +337,28 @@ cdef inline inlined squares(
         partial.squares = lanes[0]
         partial.nonfinite = 0
         if not isfinite(lanes[0]):
-            partial.nonfinite = count_nonfinite(t, begin, stop, tag, arithmetic)
+            partial.nonfinite = count_nonfinite(t, begin, stop, arithmetic)
         begin = stop
 
 
 cdef inline inlined run(
-    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end, storage tag, real arithmetic
+    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic
 ) noexcept nogil:
     if what == STEP:
-        step(t, begin, end, tag, arithmetic)
+        step(t, begin, end, arithmetic)
     elif what == SQUARES:
-        squares(t, begin, end, tag, arithmetic)
+        squares(t, begin, end, arithmetic)
     elif what == ZERO:
-        zero_gradients(t, begin, end - begin, sizeof(storage))
+        zero_gradients(t, begin, end - begin)
 
 
-cdef inline inlined run_dtype(
+cdef inline inlined run_arithmetic(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    """The table of dtypes: how each is stored, and what its arithmetic is done in."""
-    if t.dtype == FLOAT32:
-        run(what, t, begin, end, <float>0, <float>0)
-    elif t.dtype == FLOAT64:
-        run(what, t, begin, end, <double>0, <double>0)
+    if arithmetic_of(t.param.storage) == FLOAT64:
+        run(what, t, begin, end, <double>0)
+    else:
+        run(what, t, begin, end, <float>0)
 
 
 # One function for each SIMD level
@@ -307,19 +366,19 @@ cdef inline inlined run_dtype(
 cdef baseline sweep_baseline(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    run_dtype(what, t, begin, end)
+    run_arithmetic(what, t, begin, end)
 
 
 cdef avx2 sweep_avx2(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    run_dtype(what, t, begin, end)
+    run_arithmetic(what, t, begin, end)
 
 
 cdef avx512 sweep_avx512(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    run_dtype(what, t, begin, end)
+    run_arithmetic(what, t, begin, end)
 
 
 cdef sweep_t[N_SIMD_LEVELS] SWEEPS = [

@@ -1,6 +1,13 @@
 """Guard, fixtures and the count of compared cases."""
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -59,6 +66,56 @@ def threads(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20170425)
+
+
+# What is compiled against the installed package, once for all tests
+
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+CXX = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+HAS_CXX = os.name == "nt" or shutil.which(CXX) is not None
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """Return how to get a folder that holds the built extensions of ``source``, a folder too.
+
+    All are built at the same time, for that is most of what these tests take.
+    """
+    for package in ("setuptools", "Cython"):
+        pytest.importorskip(package, reason=f"building against optcore needs {package}")
+    sources = [TESTS / "embedding", EXAMPLES / "embed_c", EXAMPLES / "embed_cython"]
+    if HAS_CXX:
+        sources.append(EXAMPLES / "embed_cpp")
+    running = {}
+    for source in sources:
+        folder = tmp_path_factory.mktemp(source.name) / "build"
+        shutil.copytree(source, folder)
+        running[source] = folder, subprocess.Popen(
+            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "OPTCORE_SOURCES": str(TESTS.parent),
+                 **({} if HAS_CXX else {"NO_CXX": "1"})},
+        )
+    done = {}
+    for source, (folder, process) in running.items():
+        output = process.communicate(timeout=240)[0]
+        done[source] = folder, process.returncode, output
+
+    def built(source):
+        folder, status, output = done[source]
+        assert status == 0, output
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def probes(build):
+    folder = build(TESTS / "embedding")
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
 
 
 _checkpoint_counts = {}

@@ -15,86 +15,43 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CXX, EXAMPLES, HAS_CXX
 
 import optcore
 from optcore import kernels
 from reference import RULES, RULES_BY_ID, Options, same_bits
 from test_bits import all_options, by_dtype, by_rule, draw
 
-pytest.importorskip("setuptools", reason="building the examples needs setuptools")
-pytest.importorskip("Cython", reason="building the examples needs Cython")
-
-TESTS = Path(__file__).parent
-EXAMPLES = TESTS.parent / "examples"
 HEADER = Path(optcore.get_include(), "optcore.h")
 
 C = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
-CXX = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-HAS_CXX = os.name == "nt" or shutil.which(CXX) is not None
 needs_cxx = pytest.mark.skipif(not HAS_CXX, reason=f"the C++ compiler ({CXX}) is missing")
 CPP = pytest.param("cpp", marks=needs_cxx)
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Return how to get a folder that holds the built extensions of ``source``, a folder too.
-
-    All are built at the same time, for that is most of what these tests take.
-    """
-    sources = [TESTS / "embedding", EXAMPLES / "embed_c", EXAMPLES / "embed_cython"]
-    if HAS_CXX:
-        sources.append(EXAMPLES / "embed_cpp")
-    running = {}
-    for source in sources:
-        folder = tmp_path_factory.mktemp(source.name) / "build"
-        shutil.copytree(source, folder)
-        running[source] = folder, subprocess.Popen(
-            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, **({} if HAS_CXX else {"NO_CXX": "1"})},
-        )
-    done = {}
-    for source, (folder, process) in running.items():
-        output = process.communicate(timeout=240)[0]
-        done[source] = folder, process.returncode, output
-
-    def built(source):
-        folder, status, output = done[source]
-        assert status == 0, output
-        return folder
-
-    return built
+RULE_NAMES = re.findall(r"^    RULE_\d\((\w+)", HEADER.read_text(), re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def probes(build):
-    folder = build(TESTS / "embedding")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
-
-
-def values(rule, o):
-    """The fields of optcore_options, in their order."""
-    return (
-        o.lr, o.momentum, o.dampening, o.weight_decay, o.grad_scale,
-        np.inf if o.clip_value is None else o.clip_value,
-        o.maximize, o.decoupled_weight_decay, rule.lr_in_velocity, o.first_step,
-    )
-
-
-def from_probe(module):
-    def step(name, rule, x, g, states, o):
-        places = [a.ctypes.data for a in (x, g, *states)]
-        places += [0] * (3 - len(places))       # the probes take a velocity of every rule
-        module.step(name, *places, x.size, *values(rule, o))
-
-    return step
+def number_of(rule):
+    """The rule's number: its place in the header's list."""
+    return RULE_NAMES.index(rule.name)
 
 
 def options_array(rule, o):
-    names = kernels.options_dtype.names
-    return kernels.make_options(**dict(zip(names, values(rule, o), strict=True)))
+    fields = {**vars(o), "lr_in_velocity": rule.lr_in_velocity,
+              "clip_value": np.inf if o.clip_value is None else o.clip_value}
+    return kernels.make_options(**fields)
+
+
+def from_probe(module, any_rule=False):
+    def step(name, rule, x, g, states, o):
+        places = [a.ctypes.data for a in (x, g, *states)]
+        places += [0] * (5 - len(places))
+        options = options_array(rule, o)
+        which = f"any{name[-4:]}" if any_rule else name
+        module.step(which, number_of(rule), *places, x.size, options.ctypes.data)
+
+    return step
 
 
 def from_ctypes(name, rule, x, g, states, o):
@@ -136,12 +93,14 @@ def call(request, embedding):
     if embedding == "numba":
         return request.getfixturevalue("from_numba")
     request.getfixturevalue("probes")
-    return from_probe(importlib.import_module(f"probe_{embedding}"))
+    module, *any_rule = embedding.split(", ")
+    return from_probe(importlib.import_module(f"probe_{module}"), bool(any_rule))
 
 
 @by_dtype
 @by_rule
-@pytest.mark.parametrize("embedding", ["c", CPP, "cython", "ctypes", "numba"])
+@pytest.mark.parametrize("embedding", ["c", "c, by number", CPP, "cython", "cython, by number",
+                                       "ctypes", "numba"])
 def test_same_bits_as_the_python_api(call, rule, dtype, rng, cases):
     name = f"{rule.name}_f{np.dtype(dtype).itemsize * 8}"
     for n in (0, 1, 37, 1000):
@@ -156,8 +115,7 @@ def test_same_bits_as_the_python_api(call, rule, dtype, rng, cases):
 def test_every_rule_has_its_functions():
     names = {f"optcore_{rule.name}_{kind}" for rule in RULES for kind in ("f32", "f64")}
     assert set(kernels.addresses()) == names == set(kernels.functions())
-    declared = set(re.findall(r"static inline void (optcore_\w+)\(", HEADER.read_text()))
-    assert declared == names
+    assert list(dict.fromkeys(rule.name for rule in RULES)) == RULE_NAMES
 
 
 @pytest.mark.parametrize("embedding", ["c", CPP, "cython"])
@@ -166,7 +124,7 @@ def test_defaults(probes, embedding):
     assert module.defaults() == kernels.make_options().tobytes()
     defaults = kernels.make_options()[0]
     assert [float(defaults[name]) for name in kernels.options_dtype.names] == (
-        [0, 0, 0, 0, 1, np.inf, 0, 0, 0, 0]
+        [kernels.options_dtype.itemsize, 0, 0, 0, 0, 1, np.inf, 0, 0, 0, 0]
     )
 
 
@@ -215,10 +173,11 @@ def test_one_table_for_several_files(probes):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        ("other_abi", r"compiled for optcore's ABI 2 .* installed optcore \S+ has ABI 1 "),
-        ("other_options", r"ABI 1 \(options of 80 bytes.* has ABI 1 \(64, "),
-        ("other_table", r"ABI 1 \(options of 64 bytes, table of (\d+)\).* build it again"),
-        ("other_cython", r"does not export expected C variable optcore_abi_2"),
+        ("other_abi", r"compiled for optcore's ABI 3 .* installed optcore \S+ has ABI 2 "),
+        ("other_options", r"ABI 2 \(options of 80 bytes.* has ABI 2 \(72, "),
+        ("other_table", r"ABI 2 \(options of 72 bytes, table of 72, .* \(72, 64, .* build it"),
+        ("other_rules", r"ABI 2 .* \d rules\); .* has ABI 2 \(72, 64, \d\): build it again"),
+        ("other_cython", r"does not export expected C variable optcore_abi_3"),
     ],
 )
 def test_another_version_is_an_import_error(probes, module, message):
@@ -226,20 +185,50 @@ def test_another_version_is_an_import_error(probes, module, message):
         importlib.import_module(module)
 
 
+def test_defaults_fill_no_more_than_the_caller_has():
+    """A caller compiled with fewer options has a smaller struct, whose size says so."""
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    table = (ctypes.c_void_p * 6).from_address(
+        get_pointer(kernels._C_API, b"optcore.kernels._C_API"))
+    defaults = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)(table[5])
+    options = np.full(kernels.options_dtype.itemsize, 0xA5, np.uint8)
+    defaults(options.ctypes.data, 40)
+    whole = kernels.make_options().view(np.uint8)
+    assert options[:8].view(np.uint64)[0] == 40
+    assert same_bits(options[8:40], whole[8:40])
+    assert (options[40:] == 0xA5).all()
+
+
+@pytest.mark.parametrize("spoil", ["options['size'] = 0", "options['size'] = 4096"])
+def test_options_that_nobody_made_stop_the_process(spoil):
+    """A step has no way to raise, and must not take wrong ones."""
+    code = (
+        "import ctypes, numpy as np\nfrom optcore import kernels\nx = np.ones(3)\n"
+        f"options = kernels.make_options(lr=0.1); {spoil}\n"
+        "f = kernels.functions()['optcore_sgd_f64']\n"
+        "p = [x.ctypes.data_as(kind) for kind in f.argtypes[:2]]\n"
+        "f(*p, 3, options.ctypes.data)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "options must be made by optcore_defaults() or make_options()" in done.stderr
+
+
 @pytest.mark.parametrize("change", ["del kernels._C_API", "kernels._C_API = 1"])
 def test_a_version_without_table_is_an_import_error(probes, change):
     code = f"from optcore import kernels; {change}\nimport probe_c"
     done = subprocess.run([sys.executable, "-c", code], cwd=probes, capture_output=True, text=True,
                           check=False)
-    assert "ImportError: this module was compiled for optcore's ABI 1;" in done.stderr
+    assert "ImportError: this module was compiled for optcore's ABI 2;" in done.stderr
 
 
 def test_a_changed_layout_has_a_new_number():
     """Whoever changes a struct raises OPTCORE_ABI_VERSION and records the new layout here.
 
-    A function appended to optcore_api keeps the number, but is recorded too.
+    What is appended to the end of one keeps the number, but is recorded too.
     """
-    layouts = {1: "ff9ec8cf42b1e8bd"}
+    layouts = {1: "ff9ec8cf42b1e8bd", 2: "9a7b4c330662c097"}
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
     structs = " ".join(re.findall(r"typedef struct.*?} \w+;", text, flags=re.DOTALL))
     digest = hashlib.sha256(" ".join(structs.split()).encode()).hexdigest()[:16]
@@ -251,8 +240,8 @@ def test_a_changed_layout_has_a_new_number():
 
 def test_options_dtype_is_the_struct():
     struct = re.search(r"typedef struct optcore_options {(.*?)}", HEADER.read_text(), re.DOTALL)
-    fields = re.findall(r"(double|int) (\w+);", struct.group(1))
-    c_types = {"double": ctypes.c_double, "int": ctypes.c_int}
+    fields = re.findall(r"(size_t|double|int) (\w+);", struct.group(1))
+    c_types = {"size_t": ctypes.c_size_t, "double": ctypes.c_double, "int": ctypes.c_int}
 
     class Struct(ctypes.Structure):
         _fields_ = [(name, c_types[kind]) for kind, name in fields]

@@ -425,10 +425,10 @@ def test_replicas_refused(rng):
 def test_arena_lies_as_its_parameters_do(rng):
     params = [np.ones(n, np.float32)[k:] for k, n in enumerate([100, 33, 5, 1 << 20])]
     opt = optcore.SGD(params, lr=0.1, momentum=0.9, ema_decay=0.9)
-    for p, (velocity, average, _) in zip(params, opt._state, strict=True):
-        for own in (velocity, average):
+    for p, entry in zip(params, opt._state, strict=True):
+        for own in (entry["velocity"], entry["ema"]):
             assert (own.ctypes.data - p.ctypes.data) % 64 == 0
-    starts = [v.ctypes.data for v, _, _ in opt._state]
+    starts = [entry["velocity"].ctypes.data for entry in opt._state]
     assert starts == sorted(starts)
 
 

@@ -1,20 +1,9 @@
 """Fused, bit-reproducible SGD, momentum and Nesterov steps on NumPy arrays."""
-from optcore._config import get_include, show_config
-from optcore._version import __version__
-from optcore.checkpoint import CheckpointError
-from optcore.functional import momentum_step, nesterov_step, sgd_step
-from optcore.runtime import get_num_threads, set_num_threads
-from optcore.sgd import SGD
-
-__all__ = [
-    "SGD",
-    "CheckpointError",
-    "__version__",
-    "get_include",
-    "get_num_threads",
-    "momentum_step",
-    "nesterov_step",
-    "set_num_threads",
-    "sgd_step",
-    "show_config",
-]
+from optcore._config import get_include as get_include
+from optcore._config import show_config as show_config
+from optcore._version import __version__ as __version__
+from optcore.checkpoint import CheckpointError as CheckpointError
+from optcore.functional import *  # noqa: F403 - one function for each rule, and nothing else
+from optcore.runtime import get_num_threads as get_num_threads
+from optcore.runtime import set_num_threads as set_num_threads
+from optcore.sgd import SGD as SGD

@@ -1,7 +1,8 @@
 """An optimizer's state in one safetensors file, written whole or not at all.
 
-The tensors are ``velocity.<i>``, ``ema.<i>`` and, where asked for, ``param.<i>``; everything
-else is one JSON text in the file's metadata, beside a SHA-256 of that text and all tensors.
+The tensors are ``velocity.<i>`` (or what a rule's states are called), ``ema.<i>`` and, where
+asked for, ``param.<i>``; everything else is one JSON text in the file's metadata, beside a
+SHA-256 of that text and all tensors.
 """
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ import numpy as np
 
 FORMAT = "optcore"
 FORMAT_VERSION = "1"
-TENSORS = ("velocity", "ema", "param")
 
 
 class CheckpointError(ValueError):
@@ -60,10 +60,10 @@ def split(state: Mapping[str, Any]) -> tuple[str, dict[str, np.ndarray]]:
     entries = {}
     for i, entry in state["state"].items():
         entries[str(i)] = described = dict(entry)
-        for key in TENSORS:
-            if entry.get(key) is not None:
+        for key, value in entry.items():
+            if isinstance(value, np.ndarray):
                 described[key] = f"{key}.{i}"
-                tensors[described[key]] = entry[key]
+                tensors[described[key]] = value
     described = {**state, "state": entries}
     text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     if json.loads(text) != described:
@@ -79,7 +79,7 @@ def _joined(text: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     state: dict[str, Any] = json.loads(text)
     state["state"] = {
         int(i): {
-            key: tensors[value] if key in TENSORS and value is not None else value
+            key: tensors[value] if isinstance(value, str) else value
             for key, value in entry.items()
         }
         for i, entry in state["state"].items()

@@ -4,18 +4,23 @@ Each function takes one step of one rule over `n` elements, in place, at the wid
 the process uses, on the calling thread. Arrays are marked IN or INOUT; they must not overlap,
 must be aligned to their dtype, and nothing is checked. Formulas: optcore's README.
 
-Compile with ``include_dirs=[optcore.get_include()]``: the struct is the header's, so that its
-layout exists once and code in C that you call can share it. There is nothing to import by hand.
-The table's name carries the ABI version; a module compiled for another one gets an ImportError
-("does not export expected C variable optcore_abi_1") when it is imported.
+Compile with ``include_dirs=[optcore.get_include()]``: the structs are the header's, so that
+their layout exists once and code in C that you call can share them. There is nothing to import
+by hand. The table's name carries the ABI version; a module compiled for another one gets an
+ImportError ("does not export expected C variable optcore_abi_2") when it is imported.
 """
 
 cdef extern from "optcore.h":
     enum:
         OPTCORE_ABI_VERSION
+        OPTCORE_N_RULES
+        OPTCORE_RULE_sgd
+        OPTCORE_RULE_momentum
+        OPTCORE_RULE_nesterov
 
     # Start from optcore_defaults() and set what differs.
     ctypedef struct optcore_options:
+        size_t size                     # of this struct, as the caller was compiled with it
         double lr                       # 0
         double momentum                 # 0
         double dampening                # 0; ignored by nesterov and where lr_in_velocity
@@ -32,24 +37,43 @@ cdef extern from "optcore.h":
         size_t api_size
         size_t options_size
         const char *version
-        optcore_options (*defaults)() noexcept nogil
-        void (*sgd_f32)(
-            float *, const float *, Py_ssize_t, const optcore_options *) noexcept nogil
-        void (*sgd_f64)(
-            double *, const double *, Py_ssize_t, const optcore_options *) noexcept nogil
-        void (*momentum_f32)(
-            float *, const float *, float *, Py_ssize_t, const optcore_options *) noexcept nogil
-        void (*momentum_f64)(
-            double *, const double *, double *, Py_ssize_t, const optcore_options *) noexcept nogil
-        void (*nesterov_f32)(
-            float *, const float *, float *, Py_ssize_t, const optcore_options *) noexcept nogil
-        void (*nesterov_f64)(
-            double *, const double *, double *, Py_ssize_t, const optcore_options *) noexcept nogil
+        size_t n_rules
+        void (*defaults)(optcore_options *, size_t size) noexcept nogil
+        void (*step_f32)(
+            int, float *, const float *, float **, Py_ssize_t, const optcore_options *
+        ) noexcept nogil
+        void (*step_f64)(
+            int, double *, const double *, double **, Py_ssize_t, const optcore_options *
+        ) noexcept nogil
 
-cdef const optcore_api *optcore_abi_1
+cdef const optcore_api *optcore_abi_2
 
 cdef inline optcore_options optcore_defaults() noexcept nogil:
-    return optcore_abi_1.defaults()
+    cdef optcore_options options
+    optcore_abi_2.defaults(&options, sizeof(options))
+    return options
+
+# Any rule by its number, with one pointer for each of its states in the order of optcore.h's list
+
+cdef inline void optcore_step_f32(
+    int rule,
+    float *param,                       # INOUT
+    const float *grad,                  # IN
+    float **states,                     # INOUT
+    Py_ssize_t n,
+    const optcore_options *options,     # IN
+) noexcept nogil:
+    optcore_abi_2.step_f32(rule, param, grad, states, n, options)
+
+cdef inline void optcore_step_f64(
+    int rule,
+    double *param,                      # INOUT
+    const double *grad,                 # IN
+    double **states,                    # INOUT
+    Py_ssize_t n,
+    const optcore_options *options,     # IN
+) noexcept nogil:
+    optcore_abi_2.step_f64(rule, param, grad, states, n, options)
 
 cdef inline void optcore_sgd_f32(
     float *param,                       # INOUT
@@ -57,7 +81,7 @@ cdef inline void optcore_sgd_f32(
     Py_ssize_t n,
     const optcore_options *options,     # IN
 ) noexcept nogil:
-    optcore_abi_1.sgd_f32(param, grad, n, options)
+    optcore_step_f32(OPTCORE_RULE_sgd, param, grad, NULL, n, options)
 
 cdef inline void optcore_sgd_f64(
     double *param,                      # INOUT
@@ -65,7 +89,7 @@ cdef inline void optcore_sgd_f64(
     Py_ssize_t n,
     const optcore_options *options,     # IN
 ) noexcept nogil:
-    optcore_abi_1.sgd_f64(param, grad, n, options)
+    optcore_step_f64(OPTCORE_RULE_sgd, param, grad, NULL, n, options)
 
 cdef inline void optcore_momentum_f32(
     float *param,                       # INOUT
@@ -74,7 +98,7 @@ cdef inline void optcore_momentum_f32(
     Py_ssize_t n,
     const optcore_options *options,     # IN
 ) noexcept nogil:
-    optcore_abi_1.momentum_f32(param, grad, velocity, n, options)
+    optcore_step_f32(OPTCORE_RULE_momentum, param, grad, &velocity, n, options)
 
 cdef inline void optcore_momentum_f64(
     double *param,                      # INOUT
@@ -83,7 +107,7 @@ cdef inline void optcore_momentum_f64(
     Py_ssize_t n,
     const optcore_options *options,     # IN
 ) noexcept nogil:
-    optcore_abi_1.momentum_f64(param, grad, velocity, n, options)
+    optcore_step_f64(OPTCORE_RULE_momentum, param, grad, &velocity, n, options)
 
 cdef inline void optcore_nesterov_f32(
     float *param,                       # INOUT
@@ -92,7 +116,7 @@ cdef inline void optcore_nesterov_f32(
     Py_ssize_t n,
     const optcore_options *options,     # IN
 ) noexcept nogil:
-    optcore_abi_1.nesterov_f32(param, grad, velocity, n, options)
+    optcore_step_f32(OPTCORE_RULE_nesterov, param, grad, &velocity, n, options)
 
 cdef inline void optcore_nesterov_f64(
     double *param,                      # INOUT
@@ -101,4 +125,4 @@ cdef inline void optcore_nesterov_f64(
     Py_ssize_t n,
     const optcore_options *options,     # IN
 ) noexcept nogil:
-    optcore_abi_1.nesterov_f64(param, grad, velocity, n, options)
+    optcore_step_f64(OPTCORE_RULE_nesterov, param, grad, &velocity, n, options)

@@ -3,6 +3,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from optcore.options import KERNEL_OPTIONS as KERNEL_OPTIONS
+
 ABI_VERSION: int
 options_dtype: np.dtype[np.void]
 

@@ -25,8 +25,10 @@ except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without 
 
 from optcore import checkpoint
 from optcore._arena import LINE
-from optcore.plan import BOUND, GROUP_OPTIONS
-from optcore.sgd import SGD, _State
+from optcore._state import State, is_schedule
+from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
+from optcore.plan import BOUND
+from optcore.sgd import SGD
 
 __all__ = ["DataParallelSGD", "ShardedSGD"]
 
@@ -147,18 +149,21 @@ class _Distributed(SGD):
 
         def build() -> tuple[None, list[str]]:
             SGD.__init__(self, params, **options)
-            rates = ["a schedule" if callable(group["lr"]) else group["lr"]
-                     for group in self.param_groups]
-            decay = "a schedule" if callable(self.ema_decay) else self.ema_decay
-            return None, [*self._param_lines(), *self._option_lines(rates, decay)]
+            values = [
+                {name: "a schedule" if is_schedule(group[name]) else group[name]
+                 for name in GROUP_OPTIONS}
+                for group in self.param_groups
+            ]
+            decay = "a schedule" if is_schedule(self.ema_decay) else self.ema_decay
+            return None, [*self._param_lines(), *self._option_lines(values, decay)]
 
         _agree(comm, build)
         for param in self._whole_params:
             comm.Bcast(_flattened(param, param))
         own = [param for group in self.param_groups for param in group["params"]]
-        for (_, average, _), param in zip(self._state, own, strict=True):
-            if average is not None:
-                average[...] = param
+        for entry, param in zip(self._state, own, strict=True):
+            if entry["ema"] is not None:
+                entry["ema"][...] = param
 
     def _lay_flat(self, params: list[np.ndarray]) -> None:
         dtypes = dict.fromkeys(param.dtype for param in params)
@@ -178,9 +183,9 @@ class _Distributed(SGD):
 
     @property
     def state_nbytes(self) -> int:
-        """Bytes of velocity and average that this rank holds."""
-        return sum(array.nbytes for entry in self._state for array in entry[:2]
-                   if array is not None)
+        """Bytes of states and averages that this rank holds."""
+        return sum(array.nbytes for entry in self._state for array in entry.values()
+                   if isinstance(array, np.ndarray))
 
     def _param_lines(self) -> list[str]:
         return [
@@ -189,13 +194,13 @@ class _Distributed(SGD):
             for i, (name, param) in enumerate(zip(self._names, self._whole_params, strict=True))
         ]
 
-    def _option_lines(self, rates: list[Any], decay: Any) -> list[str]:
-        lines = []
-        for g, (group, lr) in enumerate(zip(self.param_groups, rates, strict=True)):
-            lines += [f"param_groups[{g}] with lr={lr!r}"]
-            lines += [f"param_groups[{g}] with {key}={group[key]!r}" for key in GROUP_OPTIONS]
-        options = {**self._sweep_options, "ema_decay": decay}
-        return lines + [f"{key}={value!r}" for key, value in options.items()]
+    def _option_lines(self, values: list[dict[str, Any]], decay: Any) -> list[str]:
+        lines = [
+            f"param_groups[{g}] with {name}={value!r}"
+            for g, group in enumerate(values) for name, value in group.items()
+        ]
+        options = {name: getattr(self, name) for name in OPTIMIZER_OPTIONS} | {"ema_decay": decay}
+        return lines + [f"{name}={value!r}" for name, value in options.items()]
 
     def step(
         self, grads: Any = BOUND, *, grad_scale: float = 1.0, zero_grad: bool = False
@@ -217,11 +222,11 @@ class _Distributed(SGD):
                 None if gradient is None else average
                 for gradient, average in zip(listed, self._averaged, strict=True)
             ])
-            _, rates, decay = self._check_step(own, grad_scale, False)
+            _, values, decay = self._check_step(own, grad_scale, False)
             missing = [i for i, gradient in enumerate(listed) if gradient is None]
             return (listed, own), [
                 f"step {self.step_count}", f"grad_scale={float(grad_scale)!r}",
-                f"grads that are None at {missing}", *self._option_lines(rates, decay),
+                f"grads that are None at {missing}", *self._option_lines(values, decay),
             ]
 
         listed, own = _agree(self.comm, check)
@@ -260,8 +265,8 @@ class _Distributed(SGD):
             As there, on all ranks where it is raised on one; also where ranks are given
             different states.
         """
-        def check() -> tuple[_State, list[str]]:
-            state = _State(self, state_dict)
+        def check() -> tuple[State, list[str]]:
+            state = State(self, state_dict)
             text, tensors = checkpoint.split(state_dict)
             return state, [f"a state with SHA-256 {checkpoint.digest(text, tensors)}"]
 
@@ -374,8 +379,7 @@ class ShardedSGD(_Distributed):
         self._whole._build(
             [{**GROUP_OPTIONS, **{key: group[key] for key in ("params", "param_names")},
               "lr": 0.0} for group in groups],
-            single=options["single"], by_name=options["by_name"], max_norm=None,
-            skip_nonfinite=False, track_grad_norm=False, ema_decay=None, grads=grads,
+            single=options["single"], by_name=options["by_name"], options={}, grads=grads,
         )
         params = self._whole_params
         self._lay_flat(params)
@@ -423,22 +427,22 @@ class ShardedSGD(_Distributed):
     def _collected(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self._collect(parts, [np.empty_like(p, subok=False) for p in self._whole_params])
 
-    def _snapshot(self) -> list[tuple[Any, Any, bool]]:
-        def check() -> tuple[list[tuple[Any, Any, bool]], list[str]]:
-            state = super(ShardedSGD, self)._snapshot()
-            return state, [f"step {self.step_count}", *(
-                f"{'no ' if array is None else ''}{what}"
-                for what, array in zip(("velocity", "average"), state[0], strict=False)
+    def _snapshot(self, include_params: bool = False) -> dict[str, Any]:
+        def check() -> tuple[dict[str, Any], list[str]]:
+            copied = super(ShardedSGD, self)._snapshot(include_params)
+            return copied, [f"step {copied['step_count']}", *(
+                f"{'no ' if value is None else ''}{key}"
+                for key, value in copied["state"][0].items()
             )]
 
-        velocities, averages, first_steps = zip(*_agree(self.comm, check), strict=True)
-        none = [None] * len(first_steps)
-        return list(zip(
-            none if velocities[0] is None else self._collected(velocities),
-            none if averages[0] is None else self._collected(averages),
-            first_steps,
-            strict=True,
-        ))
+        copied = _agree(self.comm, check)
+        parts = copied["state"]
+        for key, value in parts[0].items():
+            if isinstance(value, np.ndarray):
+                whole = self._collected([entry[key] for entry in parts])
+                for entry, array in zip(parts, whole, strict=True):
+                    entry[key] = array
+        return copied
 
     @property
     def ema(self) -> Any:
@@ -446,7 +450,7 @@ class ShardedSGD(_Distributed):
 
         Collective.
         """
-        averages = [average for _, average, _ in self._snapshot()]
+        averages = [entry["ema"] for entry in self._snapshot()["state"]]
         return None if averages[0] is None else self._structured(averages)
 
     def accumulate(self, grads: Any) -> None:

@@ -4,12 +4,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optcore.options import OPTIMIZER_OPTIONS as OPTIMIZER_OPTIONS
+
 _Array = NDArray[np.float32] | NDArray[np.float64]
 _Grads = _Array | Iterable[_Array | None] | Mapping[Any, _Array | None]
 
-GROUP_OPTIONS: dict[str, Any]
-GROUP_KEYS: tuple[str, ...]
-GROUP_NOTES: tuple[str, ...]
 BOUND: object
 
 class Plan:
@@ -51,7 +50,7 @@ class Plan:
     ) -> bool: ...
     def _check_step(
         self, grads: _Grads | object, grad_scale: float, zero_grad: bool
-    ) -> tuple[tuple[_Array | None, ...], list[float], float]: ...
+    ) -> tuple[tuple[_Array | None, ...], list[dict[str, Any]], float]: ...
     def accumulate(self, grads: _Grads) -> None: ...
     def _build(
         self,
@@ -59,26 +58,22 @@ class Plan:
         *,
         single: bool,
         by_name: bool,
-        max_norm: float | None,
-        skip_nonfinite: bool,
-        track_grad_norm: bool,
-        ema_decay: float | Callable[[int], float] | None,
+        options: Mapping[str, Any],
         grads: _Grads | None,
+        rule: str | None = None,
     ) -> None: ...
     def _bind(self, grads: _Grads) -> None: ...
     def zero_grad(self) -> None: ...
-    def _snapshot(self) -> list[tuple[_Array | None, _Array | None, bool]]: ...
     @property
-    def _state(self) -> list[tuple[_Array | None, _Array | None, bool]]: ...
+    def _state_names(self) -> tuple[str, ...]: ...
+    @property
+    def _state(self) -> list[dict[str, Any]]: ...
+    def _snapshot(self, include_params: bool = False) -> dict[str, Any]: ...
     def _restore(
         self,
         groups: list[dict[str, Any]],
-        velocities: Sequence[_Array | None],
-        averages: Sequence[_Array | None],
-        first_steps: Sequence[bool],
-        step_count: int,
-        skipped: int,
-        options: dict[str, Any] | None = None,
+        entries: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        counts: Sequence[int],
+        writes: Sequence[tuple[_Array, _Array]] = (),
     ) -> None: ...
-
-def checked_lr(value: object, name: str) -> float: ...

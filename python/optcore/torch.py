@@ -19,13 +19,13 @@ except ImportError as error:
 import numpy as np
 
 import optcore
-from optcore.plan import GROUP_OPTIONS
-from optcore.sgd import _array_like
+from optcore.arrays import check_saved
+from optcore.options import GROUP_OPTIONS
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
 SWITCHED_OFF = {"foreach": None, "fused": None, "differentiable": False, "capturable": False}
-# Where `state` keeps a velocity, by lr_in_velocity. Only PyTorch's convention has PyTorch's name.
-VELOCITY_KEYS = ("momentum_buffer", "velocity")
+# What `state` calls a state of the plan's, where that is PyTorch's own: in its convention only.
+TORCH_KEYS = {"velocity": "momentum_buffer"}
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
@@ -34,20 +34,23 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
         if group.get(key):
             raise ValueError(f"{key} must be None or False, got {group[key]!r}: not supported")
     options = {}
-    for key in ("lr", *GROUP_OPTIONS):
+    for key in GROUP_OPTIONS:
         value = group[key]
         if isinstance(value, torch.Tensor):
             if value.requires_grad:
                 raise ValueError(f"{key} must not require grad: a step cannot be differentiated")
             value = value.item()
+        elif callable(value):       # the plan, which counts steps, may be built anew at any time
+            raise TypeError(f"{key} must be a number, got {value!r}: use torch.optim.lr_scheduler")
         options[key] = value
     if options["momentum"] == 0:
         options["dampening"] = 0.0      # which PyTorch ignores there and optcore.SGD refuses
     return options
 
 
-def _velocity_key(group: dict[str, Any]) -> str:
-    return VELOCITY_KEYS[bool(group["lr_in_velocity"])]
+def _key(name: str, group: dict[str, Any]) -> str:
+    """Return under which key `state` keeps a state of the plan's."""
+    return name if group["lr_in_velocity"] else TORCH_KEYS.get(name, name)
 
 
 # A tensor in another dense layout than the C order, such as channels_last, is stepped through
@@ -91,7 +94,7 @@ def _saved(
         raise TypeError(f"{where} must be a tensor or None, got {type(tensor).__name__}")
     if order is not None and tensor.dim() == len(order):
         tensor = tensor.permute(order)
-    return _array_like(tensor.detach().numpy(), array, where)
+    return check_saved(tensor.detach().numpy(), array, where)
 
 
 class SGD(torch.optim.Optimizer):
@@ -158,6 +161,7 @@ class SGD(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     _plan: optcore.SGD | None = None
+    _state_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -300,21 +304,24 @@ class SGD(torch.optim.Optimizer):
             for mine, group in zip(self._plan.param_groups, self.param_groups, strict=True):
                 options = _options(group)
                 # An object that stays spares the plan from reading its group again.
-                mine.update({key: value for key, value in options.items() if mine[key] != value})
+                mine.update({
+                    key: value for key, value in options.items()
+                    if type(mine[key]) is not type(value) or mine[key] != value
+                })
         return self._plan
 
     def _look(self) -> list[Any]:
         """Return what the plan was built for, to be compared."""
         seen: list[Any] = [self.max_norm, self.skip_nonfinite, self.ema_decay]
         for group in self.param_groups:
-            velocity = _velocity_key(group)
+            keys = [_key(name, group) for name in self._state_names]
             for param in group["params"]:
-                buffer = self.state.get(param, {}).get(velocity)
+                buffers = [self.state.get(param, {}).get(key) for key in keys]
                 seen.append((
                     param.data_ptr(), param.shape, param.stride(),
-                    None if buffer is None else buffer.data_ptr(),
+                    *[None if buffer is None else buffer.data_ptr() for buffer in buffers],
                 ))
-            seen.append(velocity)
+            seen.append(keys)
         return seen
 
     def _build(self) -> None:
@@ -338,40 +345,40 @@ class SGD(torch.optim.Optimizer):
             ema_decay=self.ema_decay,
         )
         arrays = [array for group in plan.param_groups for array in group["params"]]
-        velocities, averages = [], []
+        entries = []
         for i, ((param, order, group), array) in enumerate(zip(owners, arrays, strict=True)):
-            entry = self.state.get(param, {})
-            stranger = VELOCITY_KEYS[not group["lr_in_velocity"]]
-            if entry.get(stranger) is not None:
-                raise ValueError(
-                    f"state[{i}] must hold no {stranger!r} with "
-                    f"lr_in_velocity={group['lr_in_velocity']!r}, got one"
-                )
-            key = _velocity_key(group)
-            velocities.append(_saved(entry, key, order, array, i))
-            averages.append(
-                _saved(entry, "ema", order, array, i) if self.ema_decay is not None else None
-            )
-        plan._restore(
-            plan.param_groups, velocities, averages, [v is None for v in velocities], 0, 0
-        )
+            held = self.state.get(param, {})
+            for name, torch_key in TORCH_KEYS.items():
+                stranger = torch_key if group["lr_in_velocity"] else name
+                if held.get(stranger) is not None:
+                    raise ValueError(
+                        f"state[{i}] must hold no {stranger!r} with "
+                        f"lr_in_velocity={group['lr_in_velocity']!r}, got one"
+                    )
+            entry = {name: _saved(held, _key(name, group), order, array, i)
+                     for name in plan._state_names}
+            first_step = all(saved is None for saved in entry.values())
+            average = None if self.ema_decay is None else _saved(held, "ema", order, array, i)
+            entries.append({**entry, "ema": average, "first_step": first_step})
+        plan._restore(plan.param_groups, entries, {}, (0, 0))
+        self._state_names = plan._state_names
         self._waiting = list(enumerate(owners))
         if self.ema_decay is not None:
-            for (param, order, _), (_, average, _) in zip(owners, plan._state, strict=True):
-                self.state[param]["ema"] = _lent(average, order)
+            for (param, order, _), entry in zip(owners, plan._state, strict=True):
+                self.state[param]["ema"] = _lent(entry["ema"], order)
         self._publish(plan)
         self._plan = plan
 
     def _publish(self, plan: optcore.SGD) -> None:
-        """Put the velocities that have started into `state`; note what the plan relies on."""
+        """Put the states that have started into `state`; note what the plan relies on."""
         waiting = []
         state = plan._state
         for i, owner in self._waiting:
-            velocity, _, first_step = state[i]
-            if first_step:
+            if state[i]["first_step"]:
                 waiting.append((i, owner))
-            else:
-                param, order, group = owner
-                self.state[param][_velocity_key(group)] = _lent(velocity, order)
+                continue
+            param, order, group = owner
+            for name in self._state_names:
+                self.state[param][_key(name, group)] = _lent(state[i][name], order)
         self._waiting = waiting
         self._seen = self._look()

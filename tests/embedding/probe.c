@@ -1,41 +1,48 @@
-/* Every kernel, by name, on raw addresses; compiled as C99 and as C++11. */
+/* Every kernel, by name and by number, on raw addresses; compiled as C99 and as C++11. */
 #include <Python.h>
 #include <optcore.h>
 #include <string.h>
 
-#define STEP_2(name, real) \
-    if (strcmp(which, #name) == 0) { \
-        optcore_##name((real *)x, (const real *)g, n, &options); \
+#define CALL(rule, type, ...) \
+    if (strcmp(which, #rule "_" #type) == 0) { \
+        optcore_##rule##_##type(__VA_ARGS__, n, options); \
         Py_RETURN_NONE; \
     }
-#define STEP_3(name, real) \
-    if (strcmp(which, #name) == 0) { \
-        optcore_##name((real *)x, (const real *)g, (real *)v, n, &options); \
-        Py_RETURN_NONE; \
-    }
+#define F(k) ((float *)at[k])
+#define D(k) ((double *)at[k])
+#define CALL_0(rule) CALL(rule, f32, F(0), F(1)) CALL(rule, f64, D(0), D(1))
+#define CALL_1(rule, s) CALL(rule, f32, F(0), F(1), F(2)) CALL(rule, f64, D(0), D(1), D(2))
+#define CALL_2(rule, s, t) \
+    CALL(rule, f32, F(0), F(1), F(2), F(3)) CALL(rule, f64, D(0), D(1), D(2), D(3))
+#define CALL_3(rule, s, t, u) \
+    CALL(rule, f32, F(0), F(1), F(2), F(3), F(4)) CALL(rule, f64, D(0), D(1), D(2), D(3), D(4))
 
 static PyObject *step(PyObject *self, PyObject *args) {
     const char *which;
-    void *x, *g, *v;
+    const optcore_options *options;
     Py_ssize_t n;
-    unsigned long long at[3];
-    optcore_options options = optcore_defaults();
+    unsigned long long place[6];
+    void *at[5];
+    int rule, k;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sKKKnddddddiiii", &which, &at[0], &at[1], &at[2], &n,
-                          &options.lr, &options.momentum, &options.dampening,
-                          &options.weight_decay, &options.grad_scale, &options.clip_value,
-                          &options.maximize, &options.decoupled_weight_decay,
-                          &options.lr_in_velocity, &options.first_step))
+    if (!PyArg_ParseTuple(args, "siKKKKKnK", &which, &rule, &place[0], &place[1], &place[2],
+                          &place[3], &place[4], &n, &place[5]))
         return NULL;
-    x = (void *)(size_t)at[0];
-    g = (void *)(size_t)at[1];
-    v = (void *)(size_t)at[2];
-    STEP_2(sgd_f32, float)
-    STEP_2(sgd_f64, double)
-    STEP_3(momentum_f32, float)
-    STEP_3(momentum_f64, double)
-    STEP_3(nesterov_f32, float)
-    STEP_3(nesterov_f64, double)
+    for (k = 0; k < 5; k++) at[k] = (void *)(size_t)place[k];
+    options = (const optcore_options *)(size_t)place[5];
+    OPTCORE_RULES(CALL_0, CALL_1, CALL_2, CALL_3)
+    if (strcmp(which, "any_f32") == 0) {
+        float *states[3];
+        for (k = 0; k < 3; k++) states[k] = F(2 + k);
+        optcore_step_f32(rule, F(0), F(1), states, n, options);
+        Py_RETURN_NONE;
+    }
+    if (strcmp(which, "any_f64") == 0) {
+        double *states[3];
+        for (k = 0; k < 3; k++) states[k] = D(2 + k);
+        optcore_step_f64(rule, D(0), D(1), states, n, options);
+        Py_RETURN_NONE;
+    }
     PyErr_SetString(PyExc_KeyError, which);
     return NULL;
 }

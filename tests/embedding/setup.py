@@ -10,10 +10,12 @@ import optcore
 
 HEADER = Path(optcore.get_include(), "optcore.h").read_text()
 OTHERS = {      # the header as another version might have it
-    "other_abi": ("#define OPTCORE_ABI_VERSION 1", "#define OPTCORE_ABI_VERSION 2"),
-    "other_options": ("    int first_step;", "    double extra;\n    int first_step;"),
+    "other_abi": ("#define OPTCORE_ABI_VERSION 2", "#define OPTCORE_ABI_VERSION 3"),
+    "other_options": ("    int first_step;", "    int first_step;\n    double extra;"),
     "other_table": ("} optcore_api;", "    void (*extra)(void);\n} optcore_api;"),
+    "other_rules": ("RULE_0(sgd)", "RULE_0(sgd) RULE_0(extra)"),
 }
+SOURCES = os.environ["OPTCORE_SOURCES"]     # the repository: a probe uses private declarations
 STANDARDS = {".c": [], ".cpp": []} if os.name == "nt" else {
     ".c": ["-std=c99"], ".cpp": ["-std=c++11"],
 }
@@ -41,7 +43,7 @@ def other_package(name, old, new):
     assert HEADER.count(old) == 1, old
     (include / "optcore.h").write_text(HEADER.replace(old, new))
     declarations = Path(optcore.get_include()).with_name("kernels.pxd").read_text()
-    (package / "kernels.pxd").write_text(declarations.replace("optcore_abi_1", "optcore_abi_2"))
+    (package / "kernels.pxd").write_text(declarations.replace("optcore_abi_2", "optcore_abi_3"))
     return include
 
 
@@ -60,6 +62,12 @@ setup(
             Extension("probe_cython", ["probe_cython.pyx"], include_dirs=[optcore.get_include()]),
             language_level=3,
         ),
+        *(cythonize(
+            Extension("probe_streams", ["probe_streams.pyx"],
+                      include_dirs=[optcore.get_include()]),
+            include_path=[SOURCES],
+            language_level=3,
+        ) if Path(SOURCES, "optcore", "sweep.pxd").is_file() else []),
         *cythonize(
             Extension("other_cython", ["other_cython.pyx"],
                       include_dirs=[str(includes["other_abi"])]),

@@ -27,13 +27,38 @@
 extern "C" {
 #endif
 
-/* Raised by whatever stops a compiled caller from working: another layout of optcore_options,
- * another signature or order in optcore_api. A function appended to optcore_api does not raise
- * it. kernels.pxd has the number in the name of its table. */
-#define OPTCORE_ABI_VERSION 1
+/* Raised by whatever stops a compiled caller from working: another order of what is in the
+ * structs, another signature. A rule, an option or a function appended to the end of its list
+ * does not raise it. kernels.pxd has the number in the name of its table. */
+#define OPTCORE_ABI_VERSION 2
+
+/* The rules, each by its name and those of its state arrays; a rule's number is its place. For
+ * each of them there are, with as many states as it has (none to three),
+ *
+ *     void optcore_<rule>_f32(float *param,               INOUT
+ *                             const float *grad,          IN
+ *                             float *<state>...,          INOUT
+ *                             Py_ssize_t n,
+ *                             const optcore_options *options);
+ *
+ * and optcore_<rule>_f64 on doubles, defined at the end of this file. */
+#define OPTCORE_RULES(RULE_0, RULE_1, RULE_2, RULE_3) \
+    RULE_0(sgd) \
+    RULE_1(momentum, velocity) \
+    RULE_1(nesterov, velocity)
+
+#define OPTCORE_NUMBER_0(rule) OPTCORE_RULE_##rule,
+#define OPTCORE_NUMBER_1(rule, s) OPTCORE_RULE_##rule,
+#define OPTCORE_NUMBER_2(rule, s, t) OPTCORE_RULE_##rule,
+#define OPTCORE_NUMBER_3(rule, s, t, u) OPTCORE_RULE_##rule,
+enum {
+    OPTCORE_RULES(OPTCORE_NUMBER_0, OPTCORE_NUMBER_1, OPTCORE_NUMBER_2, OPTCORE_NUMBER_3)
+    OPTCORE_N_RULES
+};
 
 /* Start from optcore_defaults() and set what differs. */
 typedef struct optcore_options {
+    size_t size;                        /* of this struct, as the caller was compiled with it */
     double lr;                          /* 0 */
     double momentum;                    /* 0 */
     double dampening;                   /* 0; ignored by nesterov and where lr_in_velocity */
@@ -54,13 +79,12 @@ typedef struct optcore_api {
     size_t options_size;                /* bytes of optcore_options */
     const char *version;                /* optcore.__version__ */
 
-    optcore_options (*defaults)(void);
-    void (*sgd_f32)(float *, const float *, Py_ssize_t, const optcore_options *);
-    void (*sgd_f64)(double *, const double *, Py_ssize_t, const optcore_options *);
-    void (*momentum_f32)(float *, const float *, float *, Py_ssize_t, const optcore_options *);
-    void (*momentum_f64)(double *, const double *, double *, Py_ssize_t, const optcore_options *);
-    void (*nesterov_f32)(float *, const float *, float *, Py_ssize_t, const optcore_options *);
-    void (*nesterov_f64)(double *, const double *, double *, Py_ssize_t, const optcore_options *);
+    size_t n_rules;
+    void (*defaults)(optcore_options *, size_t size);
+    void (*step_f32)(int rule, float *, const float *, float **states, Py_ssize_t n,
+                     const optcore_options *);
+    void (*step_f64)(int rule, double *, const double *, double **states, Py_ssize_t n,
+                     const optcore_options *);
 } optcore_api;
 
 #if !defined(OPTCORE_UNIQUE_SYMBOL)
@@ -84,6 +108,7 @@ const optcore_api *optcore_table = NULL;
  * installed optcore is none of those, or is missing. */
 static inline int import_optcore(void) {
     const optcore_api *table;
+    size_t n_rules;
     PyObject *capsule, *module = PyImport_ImportModule("optcore.kernels");
     if (!module) return -1;
     capsule = PyObject_GetAttrString(module, "_C_API");
@@ -98,16 +123,18 @@ static inline int import_optcore(void) {
     }
     table = (const optcore_api *)PyCapsule_GetPointer(capsule, "optcore.kernels._C_API");
     Py_DECREF(capsule);     /* the table is static, and outlives it */
-    if (table->abi_version != OPTCORE_ABI_VERSION ||
-        table->options_size != sizeof(optcore_options) ||
+    /* A newer optcore has more of everything; an older one lacks what this file may ask for. */
+    n_rules = table->abi_version == OPTCORE_ABI_VERSION ? table->n_rules : 0;
+    if (n_rules < OPTCORE_N_RULES || table->options_size < sizeof(optcore_options) ||
         table->api_size < sizeof(optcore_api)) {
         PyErr_Format(PyExc_ImportError,
                      "this module was compiled for optcore's ABI %d (options of %zd bytes, table of "
-                     "%zd); the installed optcore %s has ABI %zd (%zd, %zd): build it again",
+                     "%zd, %d rules); the installed optcore %s has ABI %zd (%zd, %zd, %zd): build it "
+                     "again",
                      OPTCORE_ABI_VERSION, (Py_ssize_t)sizeof(optcore_options),
-                     (Py_ssize_t)sizeof(optcore_api), table->version,
+                     (Py_ssize_t)sizeof(optcore_api), OPTCORE_N_RULES, table->version,
                      (Py_ssize_t)table->abi_version, (Py_ssize_t)table->options_size,
-                     (Py_ssize_t)table->api_size);
+                     (Py_ssize_t)table->api_size, (Py_ssize_t)n_rules);
         return -1;
     }
     optcore_table = table;
@@ -116,66 +143,70 @@ static inline int import_optcore(void) {
 #endif
 
 static inline optcore_options optcore_defaults(void) {
-    return optcore_table->defaults();
+    optcore_options options;
+    optcore_table->defaults(&options, sizeof options);
+    return options;
 }
 
-static inline void optcore_sgd_f32(
+/* Any rule by its number: one pointer for each of its states, in the order of the list above. */
+static inline void optcore_step_f32(
+    int rule,
     float *param,                       /* INOUT */
     const float *grad,                  /* IN */
+    float **states,               /* INOUT */
     Py_ssize_t n,
     const optcore_options *options      /* IN */
 ) {
-    optcore_table->sgd_f32(param, grad, n, options);
+    optcore_table->step_f32(rule, param, grad, states, n, options);
 }
 
-static inline void optcore_sgd_f64(
+static inline void optcore_step_f64(
+    int rule,
     double *param,                      /* INOUT */
     const double *grad,                 /* IN */
+    double **states,              /* INOUT */
     Py_ssize_t n,
     const optcore_options *options      /* IN */
 ) {
-    optcore_table->sgd_f64(param, grad, n, options);
+    optcore_table->step_f64(rule, param, grad, states, n, options);
 }
 
-static inline void optcore_momentum_f32(
-    float *param,                       /* INOUT */
-    const float *grad,                  /* IN */
-    float *velocity,                    /* INOUT */
-    Py_ssize_t n,
-    const optcore_options *options      /* IN */
-) {
-    optcore_table->momentum_f32(param, grad, velocity, n, options);
-}
+#define OPTCORE_STEP_0(rule, type, real) \
+    static inline void optcore_##rule##_##type( \
+        real *param, const real *grad, Py_ssize_t n, const optcore_options *options) { \
+        optcore_step_##type(OPTCORE_RULE_##rule, param, grad, NULL, n, options); \
+    }
+#define OPTCORE_STEP_1(rule, s, type, real) \
+    static inline void optcore_##rule##_##type( \
+        real *param, const real *grad, real *s, Py_ssize_t n, const optcore_options *options) { \
+        optcore_step_##type(OPTCORE_RULE_##rule, param, grad, &s, n, options); \
+    }
+#define OPTCORE_STEP_2(rule, s, t, type, real) \
+    static inline void optcore_##rule##_##type( \
+        real *param, const real *grad, real *s, real *t, Py_ssize_t n, \
+        const optcore_options *options) { \
+        real *states[2]; \
+        states[0] = s; states[1] = t; \
+        optcore_step_##type(OPTCORE_RULE_##rule, param, grad, states, n, options); \
+    }
+#define OPTCORE_STEP_3(rule, s, t, u, type, real) \
+    static inline void optcore_##rule##_##type( \
+        real *param, const real *grad, real *s, real *t, real *u, Py_ssize_t n, \
+        const optcore_options *options) { \
+        real *states[3]; \
+        states[0] = s; states[1] = t; states[2] = u; \
+        optcore_step_##type(OPTCORE_RULE_##rule, param, grad, states, n, options); \
+    }
+#define OPTCORE_STEPS_0(rule) \
+    OPTCORE_STEP_0(rule, f32, float) OPTCORE_STEP_0(rule, f64, double)
+#define OPTCORE_STEPS_1(rule, s) \
+    OPTCORE_STEP_1(rule, s, f32, float) OPTCORE_STEP_1(rule, s, f64, double)
+#define OPTCORE_STEPS_2(rule, s, t) \
+    OPTCORE_STEP_2(rule, s, t, f32, float) OPTCORE_STEP_2(rule, s, t, f64, double)
+#define OPTCORE_STEPS_3(rule, s, t, u) \
+    OPTCORE_STEP_3(rule, s, t, u, f32, float) OPTCORE_STEP_3(rule, s, t, u, f64, double)
 
-static inline void optcore_momentum_f64(
-    double *param,                      /* INOUT */
-    const double *grad,                 /* IN */
-    double *velocity,                   /* INOUT */
-    Py_ssize_t n,
-    const optcore_options *options      /* IN */
-) {
-    optcore_table->momentum_f64(param, grad, velocity, n, options);
-}
-
-static inline void optcore_nesterov_f32(
-    float *param,                       /* INOUT */
-    const float *grad,                  /* IN */
-    float *velocity,                    /* INOUT */
-    Py_ssize_t n,
-    const optcore_options *options      /* IN */
-) {
-    optcore_table->nesterov_f32(param, grad, velocity, n, options);
-}
-
-static inline void optcore_nesterov_f64(
-    double *param,                      /* INOUT */
-    const double *grad,                 /* IN */
-    double *velocity,                   /* INOUT */
-    Py_ssize_t n,
-    const optcore_options *options      /* IN */
-) {
-    optcore_table->nesterov_f64(param, grad, velocity, n, options);
-}
+OPTCORE_RULES(OPTCORE_STEPS_0, OPTCORE_STEPS_1, OPTCORE_STEPS_2, OPTCORE_STEPS_3)
 
 #ifdef __cplusplus
 }

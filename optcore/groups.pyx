@@ -1,0 +1,206 @@
+"""Parameter groups: which options they hold, at which values, and whether they were edited.
+
+The user's list of dictionaries is read when anything in it is another object than before, and
+checked whole before any of it is taken over. A value that may change without that, a schedule
+or an array's element, is asked anew at each step.
+"""
+from cpython.dict cimport PyDict_CheckExact, PyDict_Next
+from cpython.list cimport PyList_CheckExact, PyList_GET_SIZE
+from cpython.object cimport PyObject
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from libc.string cimport memcpy
+
+from optcore.kernels cimport optcore_options
+from optcore.memory cimport zeroed
+from optcore.options cimport (
+    FLAG,
+    as_schedule,
+    check_options,
+    combine,
+    is_fixed,
+    name_at,
+    row_at,
+    row_named,
+    take_row,
+    value_of,
+)
+from optcore.rules cimport MOMENTUM, NESTEROV, SGD
+
+from optcore.options import GROUP_OPTIONS
+
+GROUP_KEYS = ("params", "param_names", *GROUP_OPTIONS)
+# Keys that schedulers and users write into groups and that no optimizer reads.
+GROUP_NOTES = (
+    "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr",
+)
+
+
+cdef class Groups:
+    """The groups of one optimizer: a rule, checked options and scalars for each."""
+
+    def __cinit__(self, list params, Rule rule):
+        self._params = params
+        self._rule = rule
+        self.n = len(params)
+        self._memory = zeroed(self.n, sizeof(Group))
+        self.at = <Group *>self._memory.at
+        self._seen = [None] * self.n
+        self._varying = []
+
+    cdef str prefix(self, Py_ssize_t g):
+        return "" if self.n == 1 else f"param_groups[{g}]: "
+
+    cdef bint changed(self, object groups) except -1:
+        """Whether any group holds another object anywhere than when it was last read."""
+        cdef Py_ssize_t g, k, n, position
+        cdef PyObject *key
+        cdef PyObject *value
+        cdef tuple seen
+        if not PyList_CheckExact(groups) or PyList_GET_SIZE(groups) != self.n:
+            return True
+        for g in range(self.n):
+            group = (<list>groups)[g]
+            seen = <tuple>self._seen[g]
+            if not PyDict_CheckExact(group):
+                return True
+            n = PyTuple_GET_SIZE(seen)
+            k = position = 0
+            while PyDict_Next(group, &position, &key, &value):
+                if (
+                    k >= n
+                    or <PyObject *>PyTuple_GET_ITEM(seen, k) != key
+                    or <PyObject *>PyTuple_GET_ITEM(seen, k + 1) != value
+                ):
+                    return True
+                k += 2
+            if k != n:
+                return True
+        return False
+
+    cdef tuple check(self, object groups, const Options *own):
+        """Check every group beside the optimizer's own options; return what `adopt` takes over.
+
+        Checking runs code of the user's, a number's __float__ for one, so it works on copies.
+        """
+        cdef Py_ssize_t g
+        cdef Group *group
+        cdef Buffer memory
+        cdef list copies, seen = [], varying = []
+        if not isinstance(groups, list) or len(groups) != self.n:
+            raise ValueError(
+                f"param_groups must stay a list of {self.n} groups, got "
+                + (f"{len(groups)}" if isinstance(groups, list) else type(groups).__name__)
+            )
+        copies = list(groups)
+        for g in range(self.n):
+            if not isinstance(copies[g], dict):
+                raise TypeError(
+                    f"param_groups[{g}] must be a dictionary, got {type(copies[g]).__name__}"
+                )
+            copies[g] = dict(copies[g])
+        memory = zeroed(self.n, sizeof(Group))
+        memcpy(memory.at, self.at, self.n * sizeof(Group))
+        for g in range(self.n):
+            group = <Group *>memory.at + g
+            group.options = own[0]
+            self._read_group(g, copies[g], group, varying)
+            if (
+                self._seen[g] is not None
+                and group.options.kernel.lr_in_velocity != self.at[g].options.kernel.lr_in_velocity
+            ):
+                raise ValueError(
+                    f"{self.prefix(g)}lr_in_velocity must stay as the optimizer was built: "
+                    "load_state_dict() converts between the conventions"
+                )
+            seen.append(tuple([part for item in copies[g].items() for part in item]))
+        return memory, seen, varying
+
+    cdef void adopt(self, tuple checked) noexcept:
+        memcpy(self.at, (<Buffer>checked[0]).at, self.n * sizeof(Group))
+        self._seen, self._varying = checked[1], checked[2]
+
+    cdef int _read_group(self, Py_ssize_t g, dict given, Group *group, list varying) except -1:
+        cdef str prefix = self.prefix(g)
+        cdef int row
+        for key in given:
+            if key not in GROUP_KEYS and key not in GROUP_NOTES:
+                raise TypeError(
+                    f"{prefix}unknown option {key!r}; options are {', '.join(GROUP_OPTIONS)}"
+                )
+        for key in GROUP_KEYS:
+            if key not in given:
+                raise KeyError(f"{prefix}option {key!r} is missing")
+        if given["params"] is not self._params[g]:
+            raise ValueError(f"{prefix}params must stay as the optimizer was built")
+        for name in GROUP_OPTIONS:
+            row = row_named(name)
+            value = given[name]
+            if row_at(row).range == FLAG or is_fixed(value):
+                take_row(&group.options, row, value, prefix + name)
+                continue
+            varying.append((g, row, value))
+            if as_schedule(value) is None:
+                take_row(&group.options, row, value, prefix + name)
+            elif name == "momentum":
+                group.options.kernel.momentum = 0.5     # until a step asks: some rule has it
+        return self._check_group(g, group)
+
+    cdef int _check_group(self, Py_ssize_t g, Group *group) except -1:
+        """Choose the group's rule by its options, and check them together."""
+        cdef str prefix = self.prefix(g)
+        if self._rule >= 0:
+            group.rule = self._rule
+        elif group.options.kernel.momentum == 0:
+            group.rule = SGD
+        else:
+            group.rule = NESTEROV if group.options.nesterov else MOMENTUM
+        if group.has_float32:
+            check_options(group.rule, &group.options, True, prefix)
+        if group.has_float64:
+            check_options(group.rule, &group.options, False, prefix)
+        return 0
+
+    cdef int follow(self, Py_ssize_t step_count) except -1:
+        """Ask what varies for its number at this step, and check the groups it is in."""
+        cdef Py_ssize_t g
+        cdef int row
+        if not self._varying:
+            return 0
+        for g, row, value in self._varying:
+            name = self.prefix(g) + name_at(row)
+            if as_schedule(value) is not None:
+                value, name = value(step_count), name + "(step_count)"
+            take_row(&self.at[g].options, row, value, name)
+        for g in sorted({g for g, _, _ in self._varying}):
+            self._check_group(g, &self.at[g])
+        return 0
+
+    cdef int check_grad_scale(self, double grad_scale) except -1:
+        cdef Py_ssize_t g
+        cdef Group group
+        for g in range(self.n):
+            group = self.at[g]
+            group.options.kernel.grad_scale = grad_scale
+            self._check_group(g, &group)
+        return 0
+
+    cdef void form_scalars(self, double grad_scale, double ema_decay) noexcept:
+        """Form the scalars of a step."""
+        cdef Py_ssize_t g
+        cdef Group *group
+        cdef optcore_options o
+        for g in range(self.n):
+            group = &self.at[g]
+            o = group.options.kernel
+            o.grad_scale = grad_scale
+            group.scalars = combine(&o)
+            group.scalars.ema_decay = ema_decay
+            group.scalars.ema_weight = 1 - ema_decay
+
+    def values(self):
+        """Return every group's options as the numbers and flags now at work."""
+        cdef Py_ssize_t g
+        return [
+            {name: value_of(&self.at[g].options, row_named(name)) for name in GROUP_OPTIONS}
+            for g in range(self.n)
+        ]

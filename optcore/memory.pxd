@@ -1,0 +1,38 @@
+"""Memory: buffers that free themselves, spans, and which memory may not overlap which."""
+from numpy cimport PyArray_DATA, PyArray_ITEMSIZE, ndarray
+
+from optcore.arrays cimport size_of
+
+cdef struct Span:               # the memory of one array; half-open, an empty one overlaps nothing
+    const char *begin
+    const char *end
+    Py_ssize_t owner
+
+cdef inline Span span_at(const void *data, Py_ssize_t n_bytes, Py_ssize_t owner) noexcept nogil:
+    return Span(<const char *>data, <const char *>data + n_bytes, owner)
+
+
+cdef inline Span span_of(ndarray array, Py_ssize_t owner) noexcept:
+    return span_at(PyArray_DATA(array), size_of(array) * PyArray_ITEMSIZE(array), owner)
+
+
+cdef inline bint overlap(Span a, Span b) noexcept nogil:
+    return a.begin < b.end and b.begin < a.end and a.begin < a.end and b.begin < b.end
+
+
+cdef class Buffer:
+    cdef void *at
+    cdef readonly Py_ssize_t n_bytes
+    cdef int grow(self, Py_ssize_t n, size_t itemsize) except -1
+
+
+cdef Buffer zeroed(Py_ssize_t n, size_t itemsize)
+
+
+cdef class Spans:
+    cdef Buffer _memory
+    cdef Py_ssize_t n
+    cdef int clear(self, Py_ssize_t most) except -1
+    cdef void add(self, Span span) noexcept
+    cdef bint sort(self, Py_ssize_t *first, Py_ssize_t *second) noexcept
+    cdef Py_ssize_t owner_over(self, Span span) noexcept

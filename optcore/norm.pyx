@@ -1,0 +1,79 @@
+"""The norm of all gradients together: partial sums, and their sum in its fixed order.
+
+A step asks `measures` whether to sweep over the gradients first, calls `prepare` while it may
+still fail and `measure` when it may not. Each CHUNK of a tensor has its partial sum, whichever
+thread forms it, and the partial sums are added in the order of the chunks.
+"""
+from libc.math cimport isfinite, ldexp, sqrt
+
+from optcore.memory cimport zeroed
+from optcore.parallel cimport sweep_all
+from optcore.storage cimport FLOAT64, arithmetic_of
+from optcore.sweep cimport CHUNK, SQUARES, Partial
+
+# Squares of float64 gradients leave the range of float64 beyond 2**±512.
+cdef enum:
+    RESCALE = 600
+cdef double TINY_SQUARES = ldexp(1, -900)
+
+
+cdef inline Py_ssize_t n_chunks(const Tensor *t) noexcept:
+    return (t.size + CHUNK - 1) // CHUNK
+
+
+cdef class Norm:
+    """What is measured of the gradients before a step."""
+
+    def __cinit__(self):
+        self.nonfinite = []
+
+    cdef int prepare(self, Tensor *tensors, Py_ssize_t n) except -1:
+        """Give every tensor the room for its partial sums, once."""
+        cdef Py_ssize_t i, total = 0
+        cdef Partial *partials
+        if self._partials is not None:
+            return 0
+        for i in range(n):
+            total += n_chunks(&tensors[i])
+        self._partials = zeroed(total, sizeof(Partial))
+        partials = <Partial *>self._partials.at
+        for i in range(n):
+            tensors[i].partials = partials
+            partials += n_chunks(&tensors[i])
+        return 0
+
+    cdef double measure(self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements):
+        """Sweep once over the gradients; return their norm and note which are not finite."""
+        cdef double unit = 1, total = self._sum(tensors, n, n_elements, 1)
+        cdef Py_ssize_t i
+        if total < TINY_SQUARES or not isfinite(total):
+            for i in range(n):
+                if arithmetic_of(tensors[i].param.storage) == FLOAT64 and not self.nonfinite:
+                    # Squares left the range of float64: again, in a unit that keeps them inside.
+                    unit = ldexp(1, RESCALE if total < 1 else -RESCALE)
+                    total = self._sum(tensors, n, n_elements, unit)
+                    break
+        return sqrt(total) / unit
+
+    cdef double _sum(self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, double unit):
+        """Add up the chunks in their order."""
+        cdef Py_ssize_t i, chunk, count
+        cdef double total = 0
+        cdef Tensor *t
+        self.nonfinite = []
+        for i in range(n):
+            tensors[i].unit = unit
+        sweep_all(SQUARES, tensors, n, n_elements)
+        for i in range(n):
+            t = &tensors[i]
+            if t.grads[0].data == NULL:
+                continue
+            count = 0
+            for chunk in range(n_chunks(t)):
+                total += t.partials[chunk].squares
+                count += t.partials[chunk].nonfinite
+            if count:
+                self.nonfinite.append(i)
+        if self.join is not None:
+            total, self.nonfinite = self.join(total, self.nonfinite)
+        return total

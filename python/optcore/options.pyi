@@ -1,0 +1,22 @@
+from typing import Any, NamedTuple
+
+class Option(NamedTuple):
+    name: str
+    range: int
+    default: float | bool | None
+    holder: str
+    refused: int
+    offset: int
+
+GROUP: str
+CALL: str
+OPTIMIZER: str
+RANGES: dict[int, str]
+REFUSALS: dict[int, str]
+OPTIONS: dict[str, Option]
+GROUP_OPTIONS: dict[str, Any]
+OPTIMIZER_OPTIONS: dict[str, Any]
+KERNEL_OPTIONS: dict[str, Option]
+
+def defaults_of(holder: str) -> dict[str, Any]: ...
+def checked(option: str, value: object, name: str) -> float: ...
