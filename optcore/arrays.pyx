@@ -7,22 +7,7 @@ objects that are no arrays raise TypeError; layout and shape raise ValueError. A
 libraries become NumPy views of their memory, made by `view_of` alone.
 """
 from cpython.buffer cimport PyObject_CheckBuffer
-from numpy cimport (
-    NPY_ARRAY_ALIGNED,
-    NPY_ARRAY_C_CONTIGUOUS,
-    NPY_ARRAY_F_CONTIGUOUS,
-    NPY_ARRAY_WRITEABLE,
-    NPY_DOUBLE,
-    NPY_FLOAT,
-    PyArray_Check,
-    PyArray_CheckExact,
-    PyArray_CHKFLAGS,
-    PyArray_FLAGS,
-    PyArray_ISNOTSWAPPED,
-    PyArray_TYPE,
-    import_array,
-    ndarray,
-)
+from numpy cimport PyArray_Check, PyArray_CheckExact, PyArray_CHKFLAGS, import_array
 
 from optcore.storage cimport FLOAT32, FLOAT64
 
@@ -123,7 +108,7 @@ cdef int check_array(ndarray a, bint written, Label label) except -1:
         )
     if written and not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE):
         raise ValueError(f"{spell(label)} must be writeable, got a read-only array")
-    if not PyArray_FLAGS(a) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS):
+    if not PyArray_FLAGS(a) & IN_ONE_PIECE:
         raise ValueError(
             f"{spell(label)} must be contiguous, "
             f"got shape {array.shape} with strides {array.strides}"

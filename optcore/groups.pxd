@@ -13,7 +13,7 @@ cdef struct Group:
 cdef class Groups:
     cdef Buffer _memory
     cdef Group *at
-    cdef readonly Py_ssize_t n
+    cdef Py_ssize_t n
     cdef Rule _rule         # of every group; negative: by momentum and nesterov
     cdef list _params       # of each group
     cdef list _seen         # the keys and values of each group when it was last read
@@ -22,7 +22,6 @@ cdef class Groups:
     cdef tuple check(self, object groups, const Options *own)
     cdef void adopt(self, tuple checked) noexcept
     cdef int follow(self, Py_ssize_t step_count) except -1
-    cdef int check_grad_scale(self, double grad_scale) except -1
     cdef void form_scalars(self, double grad_scale, double ema_decay) noexcept
     cdef str prefix(self, Py_ssize_t g)
     cdef int _read_group(self, Py_ssize_t g, dict given, Group *group, list varying) except -1

@@ -175,15 +175,6 @@ cdef class Groups:
             self._check_group(g, &self.at[g])
         return 0
 
-    cdef int check_grad_scale(self, double grad_scale) except -1:
-        cdef Py_ssize_t g
-        cdef Group group
-        for g in range(self.n):
-            group = self.at[g]
-            group.options.kernel.grad_scale = grad_scale
-            self._check_group(g, &group)
-        return 0
-
     cdef void form_scalars(self, double grad_scale, double ema_decay) noexcept:
         """Form the scalars of a step."""
         cdef Py_ssize_t g

@@ -22,7 +22,7 @@ cdef inline bint overlap(Span a, Span b) noexcept nogil:
 
 cdef class Buffer:
     cdef void *at
-    cdef readonly Py_ssize_t n_bytes
+    cdef Py_ssize_t n_bytes
     cdef int grow(self, Py_ssize_t n, size_t itemsize) except -1
 
 

@@ -5,9 +5,6 @@ Whoever needs C memory holds a `Buffer` and never frees. Whoever writes arrays l
 """
 from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset
-from numpy cimport import_array
-
-import_array()
 
 cdef enum:
     NOBODY = -2

@@ -13,14 +13,15 @@ cdef inline bint measures(const Options *o) noexcept:
 
 cdef class Norm:
     cdef Buffer _partials
-    cdef readonly list nonfinite        # indices of the parameters whose gradients are not
-    # Where others hold the rest of the gradients: takes this sum of squares and these indices,
-    # returns everyone's.
-    cdef public object join
+    cdef list nonfinite         # indices of the parameters whose gradients are not
 
     cdef inline bint is_prepared(self) noexcept:
         return self._partials is not None
 
     cdef int prepare(self, Tensor *tensors, Py_ssize_t n) except -1
-    cdef double measure(self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements)
-    cdef double _sum(self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, double unit)
+    cdef double measure(
+        self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, object join
+    ) except? -1
+    cdef double _sum(
+        self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, double unit, object join
+    ) except? -1

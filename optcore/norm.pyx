@@ -42,20 +42,27 @@ cdef class Norm:
             partials += n_chunks(&tensors[i])
         return 0
 
-    cdef double measure(self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements):
-        """Sweep once over the gradients; return their norm and note which are not finite."""
-        cdef double unit = 1, total = self._sum(tensors, n, n_elements, 1)
+    cdef double measure(
+        self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, object join
+    ) except? -1:
+        """Sweep once over the gradients; return their norm and note which are not finite.
+
+        `join`, where others hold the rest of the gradients, makes this sum everyone's.
+        """
+        cdef double unit = 1, total = self._sum(tensors, n, n_elements, 1, join)
         cdef Py_ssize_t i
         if total < TINY_SQUARES or not isfinite(total):
             for i in range(n):
                 if arithmetic_of(tensors[i].param.storage) == FLOAT64 and not self.nonfinite:
                     # Squares left the range of float64: again, in a unit that keeps them inside.
                     unit = ldexp(1, RESCALE if total < 1 else -RESCALE)
-                    total = self._sum(tensors, n, n_elements, unit)
+                    total = self._sum(tensors, n, n_elements, unit, join)
                     break
         return sqrt(total) / unit
 
-    cdef double _sum(self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, double unit):
+    cdef double _sum(
+        self, Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, double unit, object join
+    ) except? -1:
         """Add up the chunks in their order."""
         cdef Py_ssize_t i, chunk, count
         cdef double total = 0
@@ -74,6 +81,6 @@ cdef class Norm:
                 count += t.partials[chunk].nonfinite
             if count:
                 self.nonfinite.append(i)
-        if self.join is not None:
-            total, self.nonfinite = self.join(total, self.nonfinite)
+        if join is not None:
+            total, self.nonfinite = join(total, self.nonfinite)
         return total

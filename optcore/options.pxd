@@ -5,7 +5,8 @@ from optcore.rules cimport FIRST, LR_IN_VELOCITY, PLAIN, Rule, Scalars, Variant,
 cdef enum Range:
     NONNEGATIVE     # finite, >= 0
     POSITIVE        # finite, > 0
-    FRACTION        # in [0, 1)
+    PORTION         # in [0, 1)
+    FRACTION        # in [0, 1), and when rounded to float32 too
     FLAG            # True or False
 
 # Every option there is, those that a kernel takes first.

@@ -17,6 +17,7 @@ import numpy as np
 RANGES = {
     NONNEGATIVE: "a finite number >= 0",
     POSITIVE: "a finite number > 0",
+    PORTION: "a number in [0, 1)",
     FRACTION: "a number in [0, 1)",
     FLAG: "True or False",
 }
@@ -49,7 +50,7 @@ cdef const char *start = <const char *>&sample
 OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("lr", NONNEGATIVE, None, GROUP, 0, <char *>&sample.kernel.lr - start),
     ("momentum", FRACTION, 0.0, GROUP, 0, <char *>&sample.kernel.momentum - start),
-    ("dampening", FRACTION, 0.0, GROUP, NO_MOMENTUM | NOT_DAMPED | VELOCITY_HAS_LR,
+    ("dampening", PORTION, 0.0, GROUP, NO_MOMENTUM | NOT_DAMPED | VELOCITY_HAS_LR,
      <char *>&sample.kernel.dampening - start),
     ("weight_decay", NONNEGATIVE, 0.0, GROUP, 0, <char *>&sample.kernel.weight_decay - start),
     ("grad_scale", POSITIVE, 1.0, CALL, 0, <char *>&sample.kernel.grad_scale - start),
@@ -91,6 +92,8 @@ cdef Options defaults
 cdef int lay_rows() except -1:
     """Put the table, and the options it gives, where C reads them."""
     global n_rounded, n_refusable
+    if len(OPTIONS) > 32 or sizeof(defaults) > sizeof(rows_by_field):
+        raise SystemError("more options than there is room for")
     cdef int i
     cdef char *field
     memset(&defaults, 0, sizeof(defaults))
@@ -138,7 +141,7 @@ cdef inline bint is_within(double x, Range allowed) noexcept:
     return (
         isfinite(x)
         and (x > 0 or (x == 0 and allowed != POSITIVE))
-        and (x < 1 or allowed != FRACTION)
+        and (x < 1 or allowed < PORTION)
     )
 
 
@@ -174,7 +177,9 @@ cdef object plain_number(object value):
     """Return what a number of any library is as a float; None for what is none."""
     if not isinstance(value, Real) and hasattr(type(value), "item"):
         kind = getattr(getattr(value, "dtype", None), "kind", None)
-        if np.prod(value.shape) != 1 or kind in ("m", "M") or isinstance(value, np.ma.MaskedArray):
+        if np.prod(getattr(value, "shape", ())) != 1 or kind in ("m", "M"):
+            return None
+        if isinstance(value, np.ma.MaskedArray):
             return None
         value = value.item()
     if (
@@ -206,7 +211,12 @@ def checked(option, value, name):
 
 cdef object as_schedule(object value):
     """Return a value that is to be called with the count of steps; None for any other."""
-    return value if callable(value) and not isinstance(value, type) else None
+    return value if callable(value) and not isinstance(value, (type, Real)) else None
+
+
+def is_schedule(value):
+    """Return whether an option's value is to be called with the count of steps."""
+    return as_schedule(value) is not None
 
 
 cdef bint is_fixed(object value):

@@ -6,7 +6,7 @@ share k goes to thread k in every step, so that what a core has cached it meets 
 from cython.parallel cimport prange
 
 from optcore.runtime cimport note_threads, own_time, threads_for, wall_time
-from optcore.sweep cimport CHUNK, Sweep, Tensor, sweep_in_use, sweep_t
+from optcore.sweep cimport CHUNK, sweep_in_use, sweep_t
 
 cdef enum:
     # A sweep over fewer elements than this is done before another thread could take the GIL

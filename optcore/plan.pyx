@@ -3,7 +3,7 @@
 `Plan` builds the table, takes gradients, steps and keeps state. Every public call is entered
 by `_exclusively`, one at a time. A step is prepared (all that can fail; what may run code of the
 user's comes first, and the one pass over the arrays last), then measured and swept, which
-cannot fail, and then booked.
+cannot fail (but for `_join_squares`, before anything is written), and then booked.
 """
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
@@ -63,6 +63,7 @@ cdef struct Step:               # one that can no longer fail
     double ema_decay
     Py_ssize_t n_elements
     bint zeroing
+    bint has_gradient           # not None for every parameter
     bint starts                 # a first step is among it
     bint lacks_states           # a rule has states that are not there yet
 
@@ -109,6 +110,9 @@ cdef class Plan:
     cdef readonly Py_ssize_t step_count
     cdef readonly Py_ssize_t skipped
     cdef public object param_groups
+    # Where others hold the rest of the gradients: takes this plan's sum of squares and the
+    # indices of its parameters that are not finite, returns everyone's.
+    cdef public object _join_squares
 
     def __reduce__(self):
         raise TypeError(
@@ -335,8 +339,6 @@ cdef class Plan:
         cdef tuple listed
         if self._single:
             return (grads,)
-        if isinstance(grads, (list, tuple)) and not self._by_name and len(grads) == self._n:
-            return tuple(grads)
         if self._by_name:
             if not isinstance(grads, Mapping):
                 raise TypeError(
@@ -404,7 +406,6 @@ cdef class Plan:
         """
         cdef Py_ssize_t i, k, n_sets = PyTuple_GET_SIZE(names)
         cdef bint bound = sets is None
-        cdef bint any_gradient = False
         cdef tuple params = self._params
         cdef Stream *grads
         cdef Slot *slot
@@ -412,7 +413,7 @@ cdef class Plan:
         cdef Rule rule
         cdef int n_states
         step.n_elements = 0
-        step.starts = step.lacks_states = False
+        step.has_gradient = step.starts = step.lacks_states = False
         self._streams.grow(self._n * n_sets, sizeof(Stream))
         grads = <Stream *>self._streams.at
         for i in range(self._n):
@@ -439,7 +440,7 @@ cdef class Plan:
                         &grads[k]
                     )
             if grads[0].data != NULL:
-                any_gradient = True
+                step.has_gradient = True
                 step.n_elements += t.size
                 rule = self._groups.at[slot.group].rule
                 t.rule = rule
@@ -452,8 +453,6 @@ cdef class Plan:
                     step.starts |= slot.first_step
                     step.lacks_states |= t.states[n_states - 1].data == NULL
             grads += n_sets
-        if not any_gradient:
-            raise ValueError("grads must hold at least one array, got None for every parameter")
         if step.zeroing and not bound:
             self._refuse_shared(names)
         return 0
@@ -571,17 +570,22 @@ cdef class Plan:
     ) except *:
         """Everything of a step that can fail, in the order that its parts rely on."""
         cdef Step step
+        cdef Options scaled
         step.zeroing = flag(zero_grad, "zero_grad")
         step.scale = number(grad_scale, "grad_scale", POSITIVE)
         step.scale /= PyTuple_GET_SIZE(names)
         self._read_groups()
         self._groups.follow(self.step_count)
-        if step.scale != 1:
-            self._groups.check_grad_scale(step.scale)
+        if step.scale != 1 and self._any_float32:
+            scaled = self._own
+            scaled.kernel.grad_scale = step.scale
+            check_row(&scaled, row_named("grad_scale"), "grad_scale")
         step.ema_decay = self._current_ema_decay()
         if sets is not None:
             self._view(sets, names, step.zeroing)
         self._take(sets, names, &step)
+        if not step.has_gradient:
+            raise ValueError("grads must hold at least one array, got None for every parameter")
         if step.lacks_states or (measures(&self._own) and not self._norm.is_prepared()):
             self._start_states()
             self._norm.prepare(self._tensors, self._n)
@@ -596,7 +600,7 @@ cdef class Plan:
             )
         return own.ema_decay
 
-    cdef bint _step(self, Step *step) noexcept:
+    cdef bint _step(self, Step *step) except -1:
         """Measure, sweep, keep the books; whether the step was applied."""
         cdef Py_ssize_t i
         cdef double norm, factor
@@ -605,7 +609,9 @@ cdef class Plan:
         cdef object grad_norm = None
         cdef list nonfinite = None
         if measures(&self._own):
-            norm = step.scale * self._norm.measure(self._tensors, self._n, step.n_elements)
+            norm = step.scale * self._norm.measure(
+                self._tensors, self._n, step.n_elements, self._join_squares
+            )
             nonfinite = self._norm.nonfinite
             skips = self._own.skip_nonfinite and len(nonfinite) > 0
             if clips or self._own.track_grad_norm:
@@ -764,23 +770,12 @@ cdef class Plan:
         """
         self._exclusively(take_state, groups, entries, (options, counts, writes))
 
-    @property
-    def _join_squares(self):
-        """Where others hold the rest of the gradients: forms everyone's sum of squares.
-
-        Called with this plan's, and the indices of its parameters that are not finite.
-        """
-        return self._norm.join
-
-    @_join_squares.setter
-    def _join_squares(self, join):
-        self._norm.join = join
-
 
 # The calls that `_exclusively` runs
 
 cdef object take_step(Plan self, object grads, object grad_scale, object zero_grad):
-    cdef Step step = self._prepare(self._sets_of(grads), GRADS, grad_scale, zero_grad)
+    cdef list sets = self._sets_of(grads)       # holds what the sweep reads
+    cdef Step step = self._prepare(sets, GRADS, grad_scale, zero_grad)
     return self._step(&step)
 
 
@@ -872,7 +867,8 @@ cdef object set_option(Plan self, object name, object value, object _):
 
 
 cdef object copy_state(Plan self, object include_params, object _, object __):
-    self._read_groups()
+    # whole, not only what was edited: an array may hold another number than at the last step
+    self._groups.adopt(self._groups.check(self.param_groups, &self._own))
     entries = self._state
     if include_params:
         entries = [{**entry, "param": param}
@@ -892,9 +888,9 @@ cdef object copy_state(Plan self, object include_params, object _, object __):
 cdef object take_state(Plan self, object groups, object entries, object rest):
     cdef Py_ssize_t i, k
     options, (step_count, skipped), writes = rest
-    self._check_places()
-    new = {k: self._allocated() for k, name in enumerate(self._state_names)
-           if self._states[k] is None and any([entry[name] is not None for entry in entries])}
+    started = any([entry[name] is not None for entry in entries for name in self._state_names])
+    new = {k: self._allocated() for k, arrays in enumerate(self._states)
+           if started and arrays is None}
     self._adopt(groups, {name: value for name, value in options.items()
                          if name != "ema_decay" or value is not None})
     # Nothing from here on can fail

@@ -17,13 +17,9 @@ from libc.string cimport memset
 from optcore.rules cimport (
     FIRST,
     LR_IN_VELOCITY,
-    MOST_STATES,
     N_RULES,
     PLAIN,
     RULE_ROWS,
-    Rule,
-    Scalars,
-    Variant,
     apply_rule,
     has_variant,
     real,

@@ -108,6 +108,7 @@ class Rule:
 
 
 RULES: list[Rule] = []
+RULES_BY_ID: dict[str, Rule] = {}
 
 
 def rule(name, *, label=None, lr_in_velocity=False, **row):
@@ -120,6 +121,7 @@ def rule(name, *, label=None, lr_in_velocity=False, **row):
 
     def enter(equation):
         RULES.append(Rule(name, equation, label, lr_in_velocity=lr_in_velocity, **row))
+        RULES_BY_ID[RULES[-1].id] = RULES[-1]
         return equation
 
     return enter
@@ -170,9 +172,6 @@ def nesterov_lr_in_velocity(x, d, v, o):
     v = real(o.momentum) * v - real(o.lr) * d
     x = x + (real(o.momentum) * v - real(o.lr) * d)
     return x, v
-
-
-RULES_BY_ID = {rule.id: rule for rule in RULES}
 
 
 def averaged(e, x, decay):

@@ -72,6 +72,15 @@ def test_installed_package_is_under_test():
     )
 
 
+def test_a_star_brings_the_public_names_alone():
+    names = {}
+    exec("from optcore import *", names)
+    assert "__version__" in names
+    assert set(names) - {"__builtins__"} == set(optcore.__all__)
+    assert {"SGD", "momentum_step", "set_num_threads"} < set(names)
+    assert not {"plan", "functional", "TYPE_CHECKING"} & set(names)
+
+
 def test_numpy_is_the_only_dependency():
     from importlib.metadata import requires
 

@@ -129,6 +129,35 @@ def test_schedules_are_given_again(tmp_path):
         optcore.SGD(y, lr=0.1, momentum=0.9, ema_decay=0.5).restore(path)
 
 
+def test_a_subclass_may_keep_more(tmp_path):
+    class More(optcore.SGD):
+        epoch = 7
+
+        def state_dict(self):
+            return {**super().state_dict(), "epoch": self.epoch}
+
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict)
+            self.epoch = state_dict["epoch"]
+
+    opt = More(np.ones(3), lr=0.1)
+    opt.save(tmp_path / "c")
+    opt.epoch = 0
+    opt.restore(tmp_path / "c")
+    assert opt.epoch == 7
+
+
+def test_an_option_that_changed_in_its_place_is_checked_before_it_is_saved(tmp_path):
+    lr = np.array(0.5)
+    opt = optcore.SGD(np.ones(3), lr=lr)
+    opt.save(tmp_path / "c")
+    lr[...] = -1
+    for call in (opt.state_dict, lambda: opt.save(tmp_path / "c")):
+        with pytest.raises(ValueError, match="lr must be a finite number >= 0"):
+            call()
+    assert optcore.SGD.load(tmp_path / "c", np.ones(3)).param_groups[0]["lr"] == 0.5
+
+
 def test_schedule_that_would_not_be_used_is_refused(tmp_path):
     x = np.ones(3, np.float32)
     optcore.SGD(x, lr=0.1).save(tmp_path / "c")

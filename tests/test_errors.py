@@ -1,6 +1,7 @@
 """Every refusal: the right exception, the argument named, and not one byte changed."""
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import pickle
@@ -181,6 +182,14 @@ def test_numbers_that_are_welcome():
         expected = x - np.float32(float(lr)) * g
         optcore.sgd_step(x, g, lr=lr)
         np.testing.assert_array_equal(x, expected)
+
+
+def test_dampening_is_rounded_as_what_it_leaves():
+    x, g, v = good(), good(1), good(2)
+    left = np.float32(1 - 0.99999999)
+    expected = np.float32(0.9) * v + left * g
+    optcore.momentum_step(x, g, v, lr=0.1, momentum=0.9, dampening=0.99999999)
+    np.testing.assert_array_equal(v, expected)
 
 
 def test_float64_takes_what_float32_refuses():
@@ -442,6 +451,9 @@ def test_an_optimizer_is_not_copied():
 
 def test_an_optimizer_never_built_is_no_crash():
     opt = optcore.SGD.__new__(optcore.SGD)
+    for name in dir(opt):
+        with contextlib.suppress(TypeError):
+            getattr(opt, name)
     for call in (opt.step, opt.accumulate, opt.step_replicas):
         with pytest.raises(RuntimeError, match="never built"):
             call([good()])
@@ -573,6 +585,9 @@ def test_rounding_of_averages_and_replicas():
     with pytest.raises(ValueError, match="ema_decay"):
         optcore.SGD(good(), lr=0.1, ema_decay=1e-46)
     optcore.SGD(good(dtype=np.float64), lr=0.1, ema_decay=1 - 1e-9)
+    opt = optcore.SGD([{"params": good()}, {"params": good(9)}], lr=0.1)
+    with pytest.raises(ValueError, match=r"^grad_scale must keep its kind"):
+        opt.step([good(1), good(2)], grad_scale=1e-50)
     opt = optcore.SGD([good()], lr=0.1)
     with pytest.raises(ValueError, match="grad_scale"):
         opt.step_replicas([[good(k)] for k in range(1, 8)], grad_scale=2e-45)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import mmap
 import weakref
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -181,6 +182,40 @@ def test_gradients_are_let_go_after_the_step():
     del g
     gc.collect()
     assert watched() is None
+
+
+@new_numpy
+@pytest.mark.parametrize("n", [1000, 1 << 20])      # malloc's own, and pages given back at once
+@pytest.mark.parametrize("kind", ["generator", "mapping", "lender"])
+def test_gradients_that_nobody_else_holds_live_through_the_step(kind, n):
+    class Lazy(Mapping):
+        def __getitem__(self, name):
+            return np.full(n, ord(name), np.float32)
+
+        def __iter__(self):
+            return iter("abc")
+
+        def __len__(self):
+            return 3
+
+    params = {name: np.zeros(n, np.float32) for name in "abc"}
+    made = (np.full(n, ord(name), np.float32) for name in "abc")
+    lenders = [Copier(np.full(n, ord(name), np.float32)) for name in "abc"]
+    grads = {"generator": made, "mapping": Lazy(), "lender": lenders}[kind]
+    opt = optcore.SGD(params if kind == "mapping" else list(params.values()), lr=1.0)
+    opt.step(grads)
+    for name, p in params.items():
+        assert (p == -ord(name)).all()
+
+
+def test_a_list_that_tells_another_length_is_counted():
+    class Short(list):
+        def __iter__(self):
+            return iter(())
+
+    opt = optcore.SGD([np.ones(3), np.ones(3)], lr=1.0)
+    with pytest.raises(ValueError, match="one entry for each of 2 parameters, got 0"):
+        opt.step(Short([np.ones(3), np.ones(3)]))
 
 
 def test_a_buffer_in_use_cannot_move():

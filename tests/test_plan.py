@@ -337,6 +337,34 @@ def test_accumulate(rng, threads, cases):
     assert not any(g.any() for g in grads)
 
 
+def test_accumulate_of_nothing_adds_nothing(rng):
+    params, grads = model(rng), model(rng)
+    kept = [g.copy() for g in grads]
+    opt = optcore.SGD(params, lr=0.1, grads=grads)
+    opt.accumulate([None] * len(grads))
+    assert all(map(same_bits, grads, kept))
+    opt = optcore.SGD(params, lr=0.1, grads=[None] * len(grads))
+    opt.zero_grad()
+    with pytest.raises(ValueError, match="got None for every parameter"):
+        opt.step()
+
+
+def test_an_error_while_others_add_their_squares_is_raised():
+    x, g = np.ones(3, np.float32), np.ones(3, np.float32)
+    opt = optcore.SGD(x, lr=0.1, max_norm=1.0)
+
+    def fail(total, found):
+        raise KeyboardInterrupt
+
+    opt._join_squares = fail
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(g)
+    assert (x == 1).all()
+    assert (opt.step_count, opt.skipped, opt.grad_norm) == (0, 0, None)
+    opt._join_squares = None
+    opt.step(g)
+
+
 def test_accumulate_refuses(rng):
     params, grads = model(rng), model(rng)
     with pytest.raises(RuntimeError, match="needs gradients bound"):

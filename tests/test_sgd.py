@@ -325,6 +325,19 @@ def test_velocity_conversion_that_cannot_be(rng):
     assert other.param_groups[0]["lr"] == 0.1
 
 
+def test_notes_of_any_kind_are_no_numbers(rng):
+    class Loud(float):
+        def __call__(self, step):
+            return 7.0
+
+    group = {"params": np.ones(3), "name": np.ones(3), "initial_lr": np.float64(0.5)}
+    opt = optcore.SGD([group], lr=Loud(0.5))    # a number, though it can be called
+    saved = opt.state_dict()["param_groups"][0]
+    assert saved["name"] is group["name"]
+    assert type(saved["initial_lr"]) is type(saved["lr"]) is float
+    assert (saved["lr"], saved["schedules"]) == (0.5, [])
+
+
 def test_schedules_and_state(rng):
     x, g = np.ones(5, np.float32), np.ones(5, np.float32)
     opt = optcore.SGD(x, lr=lambda step: 0.1, momentum=0.9)
@@ -373,6 +386,7 @@ def broken_states():
         return lambda s: {**s, "param_groups": [{**s["param_groups"][0], **changes}]}
 
     yield "option", group(momentum=2.0), ValueError
+    yield "unknown option", lambda s: {**s, "options": {"lr": 3.0}}, ValueError
     yield "bool", group(lr=True), TypeError
     yield "too few", group(params=[0]), ValueError
     yield "order", group(params=[1, 0]), ValueError

@@ -194,6 +194,20 @@ def test_schedulers(schedule):
     agree(*[train(*run, data, 40, scheduler=schedule(run[1])) for run in runs])
 
 
+def test_tensors_as_options_of_the_whole_optimizer():
+    """Changed in their place, they are followed, as a learning rate is."""
+    p = torch.nn.Parameter(torch.zeros(4))
+    bound = torch.tensor(1.0)
+    opt = optcore.torch.SGD([p], lr=1.0, max_norm=bound)
+    p.grad = torch.full((4,), 8.0)
+    opt.step()
+    bound.fill_(0.5)
+    opt.step()
+    agree(p.detach().numpy(), [-0.75] * 4)
+    with pytest.raises(TypeError, match=r"use torch\.optim\.lr_scheduler"):
+        optcore.torch.SGD([p], lr=lambda step: 0.1)
+
+
 def test_tensor_as_learning_rate():
     data, runs = pair(momentum=0.9)
     losses = []

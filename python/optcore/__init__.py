@@ -1,4 +1,6 @@
 """Fused, bit-reproducible SGD, momentum and Nesterov steps on NumPy arrays."""
+from typing import TYPE_CHECKING
+
 from optcore._config import get_include as get_include
 from optcore._config import show_config as show_config
 from optcore._version import __version__ as __version__
@@ -7,3 +9,9 @@ from optcore.functional import *  # noqa: F403 - one function for each rule, and
 from optcore.runtime import get_num_threads as get_num_threads
 from optcore.runtime import set_num_threads as set_num_threads
 from optcore.sgd import SGD as SGD
+
+if not TYPE_CHECKING:       # for a checker, the imports say it
+    __all__ = ["__version__", *[
+        name for name, value in list(globals().items())
+        if getattr(value, "__module__", "").startswith("optcore.")
+    ]]

@@ -9,7 +9,7 @@ import numpy as np
 
 from optcore.arrays import check_saved
 from optcore.groups import GROUP_KEYS
-from optcore.options import GROUP_OPTIONS, checked
+from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked, is_schedule
 
 if TYPE_CHECKING:
     from optcore.sgd import SGD
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 STATE_VERSION = 2
 
 Convert = Callable[[np.ndarray], np.ndarray]
-
-
-def is_schedule(value: Any) -> bool:
-    """Return whether an option's value is asked at each step, being no number or flag."""
-    return callable(value)
 
 
 def saved_group(group: Mapping[str, Any], first: int) -> dict[str, Any]:
@@ -73,7 +68,13 @@ class State:
                 f"state_dict['param_groups'] must hold {len(opt.param_groups)} groups, "
                 f"got {len(saved_groups)}"
             )
-        self.options = state_dict.get("options", {})
+        self.options = dict(state_dict.get("options", {}))
+        unknown = set(self.options) - set(OPTIMIZER_OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"state_dict['options'] must be among {', '.join(OPTIMIZER_OPTIONS)}, "
+                f"got {sorted(unknown, key=repr)!r}"
+            )
         self.groups: list[dict[str, Any]] = []
         self.params: list[np.ndarray | None] = []
         self.entries: list[dict[str, Any]] = []
@@ -216,9 +217,11 @@ def _plain(value: Any) -> Any:
     """Return a number of any kind as Python's own, and None for a schedule."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    if callable(value):
+    if is_schedule(value):
         return None
-    if isinstance(value, (int, float, str)) or not hasattr(value, "__float__"):
+    if type(value) in (int, float) or not hasattr(value, "__float__"):
+        return value
+    if np.prod(getattr(value, "shape", ())) != 1:
         return value
     return float(value.item() if hasattr(value, "item") else value)
 

@@ -13,7 +13,6 @@ ImportError ("does not export expected C variable optcore_abi_2") when it is imp
 cdef extern from "optcore.h":
     enum:
         OPTCORE_ABI_VERSION
-        OPTCORE_N_RULES
         OPTCORE_RULE_sgd
         OPTCORE_RULE_momentum
         OPTCORE_RULE_nesterov

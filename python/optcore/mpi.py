@@ -25,8 +25,8 @@ except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without 
 
 from optcore import checkpoint
 from optcore._arena import LINE
-from optcore._state import State, is_schedule
-from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
+from optcore._state import State
+from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import BOUND
 from optcore.sgd import SGD
 

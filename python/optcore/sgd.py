@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from optcore import checkpoint
-from optcore._state import STATE_VERSION, State, is_schedule, saved_group, schedules_of
+from optcore._state import STATE_VERSION, State, saved_group, schedules_of
 from optcore._structure import given_groups, read_groups
-from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
+from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import Plan
 
 Schedule = Callable[[int], float]
@@ -30,7 +30,7 @@ class SGD(Plan):
         as PyTorch's do. Each number with a star may be a schedule instead: a callable that is
         given the count of steps taken so far. A number is Python's or NumPy's, or whatever has
         ``__float__`` and one element; what may change in its place (a 0-d array) is read anew at
-        each step.
+        each step. Options without a star are read when they are set.
     lr : float >= 0
         Learning rate α*.
     momentum : float in [0, 1), default 0
@@ -263,7 +263,10 @@ class SGD(Plan):
             Where the file cannot be written, or names or options are not plain numbers and
             strings. The old file stays.
         """
-        checkpoint.write(path, self._contents(include_params))
+        contents = self._contents(include_params)
+        if type(self).state_dict is not SGD.state_dict:     # a subclass may have more to keep
+            contents = {**self.state_dict(), **contents}
+        checkpoint.write(path, contents)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Go on from a file that `save` wrote, as `load_state_dict` does.
@@ -336,7 +339,8 @@ class SGD(Plan):
             )
         for given, group, names in zip(groups, saved, scheduled, strict=True):
             for name in names:
-                group[name] = given.get(name, schedules.get(name))
+                own = given.get(name)
+                group[name] = schedules.get(name) if own is None else own
                 if not is_schedule(group[name]):
                     raise ValueError(
                         f"{path} was saved with a callable {name}: give it again as {name}="

@@ -312,7 +312,10 @@ class SGD(torch.optim.Optimizer):
 
     def _look(self) -> list[Any]:
         """Return what the plan was built for, to be compared."""
-        seen: list[Any] = [self.max_norm, self.skip_nonfinite, self.ema_decay]
+        options = (self.max_norm, self.skip_nonfinite, self.ema_decay)
+        seen: list[Any] = [
+            value.item() if isinstance(value, torch.Tensor) else value for value in options
+        ]
         for group in self.param_groups:
             keys = [_key(name, group) for name in self._state_names]
             for param in group["params"]:

@@ -153,7 +153,7 @@ static inline void optcore_step_f32(
     int rule,
     float *param,                       /* INOUT */
     const float *grad,                  /* IN */
-    float **states,               /* INOUT */
+    float **states,                     /* INOUT */
     Py_ssize_t n,
     const optcore_options *options      /* IN */
 ) {
@@ -164,7 +164,7 @@ static inline void optcore_step_f64(
     int rule,
     double *param,                      /* INOUT */
     const double *grad,                 /* IN */
-    double **states,              /* INOUT */
+    double **states,                    /* INOUT */
     Py_ssize_t n,
     const optcore_options *options      /* IN */
 ) {
