@@ -36,7 +36,7 @@ cdef bint is_fixed(object value)
 cdef int take_row(Options *o, int i, object value, str name) except -1
 cdef int take(Options *o, const void *field, object value) except -1
 cdef object value_of(const Options *o, int i)
-cdef int check_row(const Options *o, int i, str name) except -1
+cdef int check_rounding(int i, double x, str name) except -1
 cdef int check_options(
     Rule rule, const Options *o, bint as_float32, str prefix=*
 ) except -1

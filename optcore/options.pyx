@@ -173,7 +173,7 @@ cdef double number(object value, str name, Range allowed) except? -1:
     raise ValueError(f"{name} must be {RANGES[allowed]}, got {value!r}")
 
 
-cdef object plain_number(object value):
+def plain_number(value):
     """Return what a number of any library is as a float; None for what is none."""
     if not isinstance(value, Real) and hasattr(type(value), "item"):
         kind = getattr(getattr(value, "dtype", None), "kind", None)
@@ -249,12 +249,19 @@ cdef int take(Options *o, const void *field, object value) except -1:
     return take_row(o, i, value, name_at(i))
 
 
+cdef inline double number_at(const Options *o, int i) noexcept:
+    return (<const double *>(<const char *>o + rows[i].offset))[0]
+
+
+cdef inline bint flag_at(const Options *o, int i) noexcept:
+    return (<const int *>(<const char *>o + rows[i].offset))[0]
+
+
 cdef object value_of(const Options *o, int i):
     """Return an option as a Python object, none where there is none."""
-    cdef const char *field = <const char *>o + rows[i].offset
     if rows[i].range == FLAG:
-        return bool((<const int *>field)[0])
-    x = (<const double *>field)[0]
+        return bool(flag_at(o, i))
+    x = number_at(o, i)
     return None if rows[i].optional and x == INFINITY else x
 
 
@@ -273,9 +280,8 @@ cdef inline bint keeps_kind(const Row *row, double x) noexcept:
     )
 
 
-cdef int check_row(const Options *o, int i, str name) except -1:
+cdef int check_rounding(int i, double x, str name) except -1:
     """Refuse a number that float32 arithmetic would turn into another kind of number."""
-    cdef double x = (<const double *>(<const char *>o + rows[i].offset))[0]
     if keeps_kind(&rows[i], x):
         return 0
     if <float>x == 1:
@@ -297,13 +303,10 @@ cdef int conditions_of(Rule rule, const Options *o) noexcept:
     )
 
 
-cdef inline bint is_default(const Options *o, const Row *row) noexcept:
-    if row.range == FLAG:
-        return not (<const int *>(<const char *>o + row.offset))[0]
-    return (
-        (<const double *>(<const char *>o + row.offset))[0]
-        == (<const double *>(<const char *>&defaults + row.offset))[0]
-    )
+cdef inline bint is_default(const Options *o, int i) noexcept:
+    if rows[i].range == FLAG:
+        return not flag_at(o, i)
+    return number_at(o, i) == number_at(&defaults, i)
 
 
 cdef int check_options(Rule rule, const Options *o, bint as_float32, str prefix="") except -1:
@@ -313,12 +316,12 @@ cdef int check_options(Rule rule, const Options *o, bint as_float32, str prefix=
     if as_float32:
         for k in range(n_rounded):
             i = rounded[k]
-            if not keeps_kind(&rows[i], (<const double *>(<const char *>o + rows[i].offset))[0]):
-                check_row(o, i, prefix + name_at(i))
+            if not keeps_kind(&rows[i], number_at(o, i)):
+                check_rounding(i, number_at(o, i), prefix + name_at(i))
     for k in range(n_refusable):
         i = refusable[k]
         refused = rows[i].refused & conditions
-        if refused and not is_default(o, &rows[i]):
+        if refused and not is_default(o, i):
             raise ValueError(prefix + REFUSALS[refused & -refused].format(
                 name=name_at(i), rule=RULE_ROWS[rule].name.decode(), value=value_of(o, i)
             ))

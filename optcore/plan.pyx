@@ -28,7 +28,7 @@ from optcore.options cimport (
     POSITIVE,
     Options,
     as_schedule,
-    check_row,
+    check_rounding,
     combine,
     default_options,
     flag,
@@ -264,7 +264,7 @@ cdef class Plan:
             elif value is not None:
                 schedule = as_schedule(value)
                 if schedule is None:
-                    self._take_ema_decay(&own, value, name)
+                    own.ema_decay = self._checked_ema_decay(value, name)
                 if averages is None:
                     averages = self._allocated()
             elif averages is not None:
@@ -290,9 +290,11 @@ cdef class Plan:
             self._groups.adopt(self._groups.check(self.param_groups, &self._own))
         return 0
 
-    cdef int _take_ema_decay(self, Options *own, object value, str name) except -1:
-        own.ema_decay = number(value, name, FRACTION)
-        return check_row(own, row_named("ema_decay"), name) if self._any_float32 else 0
+    cdef double _checked_ema_decay(self, object value, str name) except -1:
+        cdef double decay = number(value, name, FRACTION)
+        if self._any_float32:
+            check_rounding(row_named("ema_decay"), decay, name)
+        return decay
 
     @property
     def max_norm(self):
@@ -570,16 +572,13 @@ cdef class Plan:
     ) except *:
         """Everything of a step that can fail, in the order that its parts rely on."""
         cdef Step step
-        cdef Options scaled
         step.zeroing = flag(zero_grad, "zero_grad")
         step.scale = number(grad_scale, "grad_scale", POSITIVE)
         step.scale /= PyTuple_GET_SIZE(names)
         self._read_groups()
         self._groups.follow(self.step_count)
         if step.scale != 1 and self._any_float32:
-            scaled = self._own
-            scaled.kernel.grad_scale = step.scale
-            check_row(&scaled, row_named("grad_scale"), "grad_scale")
+            check_rounding(row_named("grad_scale"), step.scale, "grad_scale")
         step.ema_decay = self._current_ema_decay()
         if sets is not None:
             self._view(sets, names, step.zeroing)
@@ -593,12 +592,11 @@ cdef class Plan:
         return step
 
     cdef double _current_ema_decay(self) except -1:
-        cdef Options own = self._own
-        if self._averages is not None and self._ema_schedule is not None:
-            self._take_ema_decay(
-                &own, self._ema_schedule(self.step_count), "ema_decay(step_count)"
-            )
-        return own.ema_decay
+        if self._averages is None or self._ema_schedule is None:
+            return self._own.ema_decay
+        return self._checked_ema_decay(
+            self._ema_schedule(self.step_count), "ema_decay(step_count)"
+        )
 
     cdef bint _step(self, Step *step) except -1:
         """Measure, sweep, keep the books; whether the step was applied."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from optcore.arrays import check_saved
 from optcore.groups import GROUP_KEYS
-from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked, is_schedule
+from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked, is_schedule, plain_number
 
 if TYPE_CHECKING:
     from optcore.sgd import SGD
@@ -219,11 +219,8 @@ def _plain(value: Any) -> Any:
         return bool(value)
     if is_schedule(value):
         return None
-    if type(value) in (int, float) or not hasattr(value, "__float__"):
-        return value
-    if np.prod(getattr(value, "shape", ())) != 1:
-        return value
-    return float(value.item() if hasattr(value, "item") else value)
+    number = None if type(value) in (int, float) else plain_number(value)
+    return value if number is None else number
 
 
 def _count(state_dict: Mapping[str, Any], key: str) -> int:
