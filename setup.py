@@ -9,8 +9,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MODULES = [
-    "runtime", "sweep", "parallel", "options", "kernels", "arrays", "memory", "norm", "groups",
-    "functional", "plan",
+    "runtime", "sweep", "parallel", "options", "kernels", "arrays", "memory", "norm", "structure",
+    "groups", "table", "functional", "plan",
 ]
 
 # -ffp-contract=off: without it some targets fuse a multiply and an add into one rounding, and

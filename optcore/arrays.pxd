@@ -84,5 +84,8 @@ cdef inline bint fits(ndarray a, ndarray param, bint written) noexcept:
 cdef str spell(Label label)
 cdef ndarray as_ndarray(object array, bint written, Label label)
 cdef ndarray check_param(object array, Label label)
+cdef int check_but_layout(
+    ndarray a, ndarray param, bint written, Label label
+) except -1
 cdef int refuse_misfit(ndarray a, ndarray param, bint written, Label label) except -1
 cdef Storage storage_of(ndarray array) noexcept

@@ -80,19 +80,37 @@ cdef object view_of(object source, bint written, Label label):
 
 
 cdef ndarray as_ndarray(object array, bint written, Label label):
-    """Return NumPy's array of that memory: the object itself, where it is one."""
+    """Return NumPy's array of that memory: the object itself, where it is one.
+
+    A scalar of NumPy's, which reductions return for 0-d arrays, is read but cannot be written.
+    """
     if PyArray_CheckExact(array):
         return <ndarray>array
-    if not PyArray_Check(array):        # isinstance would believe a proxy's __class__
+    if isinstance(array, np.generic) and not written:
+        array = np.asarray(array)
+    elif not PyArray_Check(array):      # isinstance would believe a proxy's __class__
         array = view_of(array, written, label)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{spell(label)} must be an array without a mask, got a masked array")
     return <ndarray>array
 
 
-cdef int check_array(ndarray a, bint written, Label label) except -1:
-    """Check all that one array can be asked alone."""
-    cdef object array = a               # as Python sees it, for errors
+cdef int check_memory(ndarray a, bint written, Label label) except -1:
+    """Check what the elements' memory must be in any layout."""
+    if not PyArray_CHKFLAGS(a, NPY_ARRAY_ALIGNED):
+        raise ValueError(
+            f"{spell(label)} must be aligned to its items, "
+            f"got data at address {(<object>a).ctypes.data:#x}"
+        )
+    if written and not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE):
+        raise ValueError(f"{spell(label)} must be writeable, got a read-only array")
+    return 0
+
+
+cdef ndarray check_param(object array, Label label):
+    """Check a parameter: a writeable float32 or float64 array in one piece."""
+    cdef ndarray a = as_ndarray(array, True, label)
+    array = a                           # as Python sees it, for errors
     if PyArray_TYPE(a) != NPY_FLOAT and PyArray_TYPE(a) != NPY_DOUBLE:
         raise TypeError(
             f"{spell(label)} must have dtype float32 or float64, got {array.dtype}"
@@ -101,39 +119,43 @@ cdef int check_array(ndarray a, bint written, Label label) except -1:
         raise TypeError(
             f"{spell(label)} must have native byte order, got {array.dtype.str!r}"
         )
-    if not PyArray_CHKFLAGS(a, NPY_ARRAY_ALIGNED):
-        raise ValueError(
-            f"{spell(label)} must be aligned to its items, "
-            f"got data at address {array.ctypes.data:#x}"
-        )
-    if written and not PyArray_CHKFLAGS(a, NPY_ARRAY_WRITEABLE):
-        raise ValueError(f"{spell(label)} must be writeable, got a read-only array")
+    check_memory(a, True, label)
     if not PyArray_FLAGS(a) & IN_ONE_PIECE:
         raise ValueError(
-            f"{spell(label)} must be contiguous, "
-            f"got shape {array.shape} with strides {array.strides}"
+            f"{spell(label)} must be contiguous, got shape {array.shape} with strides "
+            f"{array.strides}: make it np.ascontiguousarray(…) and keep that in its place"
         )
-    return 0
-
-
-cdef ndarray check_param(object array, Label label):
-    """Check a parameter: a writeable float32 or float64 array in one piece."""
-    cdef ndarray a = as_ndarray(array, True, label)
-    check_array(a, True, label)
     return a
 
 
+def in_one_place(one, other):
+    """Return whether two arrays, of any library, are views of the same memory."""
+    cdef ndarray a = as_ndarray(one, False, Label(b"one", -1, NULL))
+    cdef ndarray b = as_ndarray(other, False, Label(b"other", -1, NULL))
+    return PyArray_DATA(a) == PyArray_DATA(b) and same_shape(a, b) and a.dtype == b.dtype
+
+
 cdef str order_of(ndarray array):
-    return "C" if PyArray_CHKFLAGS(array, NPY_ARRAY_C_CONTIGUOUS) else "Fortran"
+    if PyArray_CHKFLAGS(array, NPY_ARRAY_C_CONTIGUOUS):
+        return "C-contiguous"
+    if PyArray_CHKFLAGS(array, NPY_ARRAY_F_CONTIGUOUS):
+        return "Fortran-contiguous"
+    return f"strided by {(<object>array).strides}"
 
 
 cdef int check_fit(ndarray a, ndarray param, str name) except -1:
-    if PyArray_TYPE(a) != PyArray_TYPE(param):
-        raise TypeError(f"{name} has dtype {a.dtype}; its parameter has {param.dtype}")
-    if not same_shape(a, param):
-        raise ValueError(
-            f"{name} has shape {(<object>a).shape}; its parameter has {(<object>param).shape}"
+    cdef tuple shape = (<object>a).shape, wanted = (<object>param).shape
+    if PyArray_TYPE(a) != PyArray_TYPE(param) or not PyArray_ISNOTSWAPPED(a):
+        raise TypeError(
+            f"{name} has dtype {a.dtype}; its parameter has {param.dtype}: g.astype(p.dtype) has it"
         )
+    if not same_shape(a, param):
+        cure = ""
+        if len(shape) > 1 and shape == wanted[::-1]:
+            cure = ": g.T has it"
+        elif size_of(a) == size_of(param):
+            cure = ": g.reshape(p.shape) has it"
+        raise ValueError(f"{name} has shape {shape}; its parameter has {wanted}{cure}")
     return 0
 
 
@@ -147,13 +169,21 @@ def check_saved(array, ndarray param, str name):
     return array
 
 
+cdef int check_but_layout(ndarray a, ndarray param, bint written, Label label) except -1:
+    """Check all of a gradient or a state but that it lies as its parameter does."""
+    check_fit(a, param, spell(label))
+    return check_memory(a, written, label)
+
+
 cdef int refuse_misfit(ndarray a, ndarray param, bint written, Label label) except -1:
     """Say why a gradient or a state does not fit its parameter."""
-    check_array(a, written, label)
-    check_fit(a, param, spell(label))
+    check_but_layout(a, param, written, label)
+    cure = "np.ascontiguousarray" if (
+        PyArray_CHKFLAGS(param, NPY_ARRAY_C_CONTIGUOUS)
+    ) else "np.asfortranarray"
     raise ValueError(
-        f"{spell(label)} is {order_of(a)}-contiguous; "
-        f"its parameter is {order_of(param)}-contiguous"
+        f"{spell(label)} is {order_of(a)}; its parameter is {order_of(param)}: "
+        f"{cure}(…) lies like it"
     )
 
 

@@ -50,7 +50,7 @@ cdef int step_arrays(Rule rule, tuple arrays, const Options *o) except -1:
     gradient = Stream(PyArray_DATA(<ndarray>arrays[1]), storage_of(x))
     t = one_tensor(PyArray_DATA(x), storage_of(x), size_of(x), &gradient, &scalars)
     t.rule = rule
-    t.variant = variant_of(rule, &o.kernel, o.kernel.first_step)
+    t.variant = variant_of(rule, &o.kernel, o.kernel.first_step and not o.dampen_first)
     for k in range(2, len(arrays)):
         t.states[k - 2].data = PyArray_DATA(<ndarray>arrays[k])
     sweep_all(STEP, &t, 1, t.size)
@@ -101,7 +101,7 @@ def sgd_step(
     param : numpy.ndarray of float32 or float64, any shape, contiguous
         Updated in place.
     grad : numpy.ndarray, dtype, shape and order of `param`
-        Read only.
+        Read only. For a 0-d `param` a scalar of NumPy's, too.
     lr : float, >= 0
         Learning rate α.
     weight_decay : float, >= 0, default 0
@@ -152,8 +152,10 @@ def momentum_step(
     lr,
     momentum,
     dampening=0.0,
-    first_step=False,
+    first_step=None,
+    dampen_first=False,
     lr_in_velocity=False,
+    flush_subnormals=False,
     weight_decay=0.0,
     decoupled_weight_decay=False,
     maximize=False,
@@ -172,7 +174,7 @@ def momentum_step(
     param : numpy.ndarray of float32 or float64, any shape, contiguous
         Updated in place.
     grad : numpy.ndarray, dtype, shape and order of `param`
-        Read only.
+        Read only. For a 0-d `param` a scalar of NumPy's, too.
     velocity : numpy.ndarray, dtype, shape and order of `param`
         Updated in place. Zeros before the first step.
     lr : float, >= 0
@@ -181,17 +183,25 @@ def momentum_step(
         ρ, the lecture's friction.
     dampening : float in [0, 1), default 0
         τ; must be 0 with `lr_in_velocity`.
-    first_step : bool, default False
-        With dampening, start the velocity as d, undampened (PyTorch's rule).
+    first_step : bool, optional
+        Whether `velocity` has not started: with dampening it then starts as d, undampened
+        (PyTorch's rule, and `optcore.SGD`'s). Must be said with `dampening`, for zeros alone do not
+        tell, unless `dampen_first`.
+    dampen_first : bool, default False
+        Dampen the first step as any other. From zeros and with ``dampening = momentum`` the
+        velocity is then the exponential moving average of d.
     lr_in_velocity : bool, default False
         Which of the two conventions.
+    flush_subnormals : bool, default False
+        After the step, set the velocity to 0 where it is below the smallest normal number.
     weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
         As in `sgd_step`.
 
     Raises
     ------
     TypeError, ValueError
-        As `sgd_step`; ValueError also for `dampening` with `lr_in_velocity`.
+        As `sgd_step`; TypeError also for `dampening` alone, ValueError for `dampening` with
+        `lr_in_velocity`.
 
     Notes
     -----
@@ -203,8 +213,16 @@ def momentum_step(
     )
     take(&o, &o.kernel.momentum, momentum)
     take(&o, &o.kernel.dampening, dampening)
-    take(&o, &o.kernel.first_step, first_step)
+    take(&o, &o.dampen_first, dampen_first)
+    if first_step is not None:
+        take(&o, &o.kernel.first_step, first_step)
+    elif o.kernel.dampening != 0 and not o.dampen_first:
+        raise TypeError(
+            "first_step must be said with dampening: True where the velocity has not started, else "
+            "False; or dampen_first=True, which dampens every step alike; got neither"
+        )
     take(&o, &o.kernel.lr_in_velocity, lr_in_velocity)
+    take(&o, &o.kernel.flush_subnormals, flush_subnormals)
     step_arrays(rules.MOMENTUM, (param, grad, velocity), &o)
 
 
@@ -216,6 +234,7 @@ def nesterov_step(
     lr,
     momentum,
     lr_in_velocity=False,
+    flush_subnormals=False,
     weight_decay=0.0,
     decoupled_weight_decay=False,
     maximize=False,
@@ -234,7 +253,7 @@ def nesterov_step(
     param : numpy.ndarray of float32 or float64, any shape, contiguous
         Updated in place.
     grad : numpy.ndarray, dtype, shape and order of `param`
-        Read only.
+        Read only. For a 0-d `param` a scalar of NumPy's, too.
     velocity : numpy.ndarray, dtype, shape and order of `param`
         Updated in place. Zeros before the first step.
     lr : float, >= 0
@@ -243,6 +262,8 @@ def nesterov_step(
         ρ, the lecture's friction.
     lr_in_velocity : bool, default False
         Which of the two conventions.
+    flush_subnormals : bool, default False
+        After the step, set the velocity to 0 where it is below the smallest normal number.
     weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
         As in `sgd_step`.
 
@@ -262,4 +283,5 @@ def nesterov_step(
     )
     take(&o, &o.kernel.momentum, momentum)
     take(&o, &o.kernel.lr_in_velocity, lr_in_velocity)
+    take(&o, &o.kernel.flush_subnormals, flush_subnormals)
     step_arrays(rules.NESTEROV, (param, grad, velocity), &o)

@@ -4,10 +4,8 @@ The user's list of dictionaries is read when anything in it is another object th
 checked whole before any of it is taken over. A value that may change without that, a schedule
 or an array's element, is asked anew at each step.
 """
-from cpython.dict cimport PyDict_CheckExact, PyDict_Next
+from cpython.dict cimport PyDict_CheckExact
 from cpython.list cimport PyList_CheckExact, PyList_GET_SIZE
-from cpython.object cimport PyObject
-from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.string cimport memcpy
 
 from optcore.kernels cimport optcore_options
@@ -25,6 +23,7 @@ from optcore.options cimport (
     value_of,
 )
 from optcore.rules cimport MOMENTUM, NESTEROV, SGD
+from optcore.structure cimport same_items
 
 from optcore.options import GROUP_OPTIONS
 
@@ -52,28 +51,12 @@ cdef class Groups:
 
     cdef bint changed(self, object groups) except -1:
         """Whether any group holds another object anywhere than when it was last read."""
-        cdef Py_ssize_t g, k, n, position
-        cdef PyObject *key
-        cdef PyObject *value
-        cdef tuple seen
+        cdef Py_ssize_t g
         if not PyList_CheckExact(groups) or PyList_GET_SIZE(groups) != self.n:
             return True
         for g in range(self.n):
             group = (<list>groups)[g]
-            seen = <tuple>self._seen[g]
-            if not PyDict_CheckExact(group):
-                return True
-            n = PyTuple_GET_SIZE(seen)
-            k = position = 0
-            while PyDict_Next(group, &position, &key, &value):
-                if (
-                    k >= n
-                    or <PyObject *>PyTuple_GET_ITEM(seen, k) != key
-                    or <PyObject *>PyTuple_GET_ITEM(seen, k + 1) != value
-                ):
-                    return True
-                k += 2
-            if k != n:
+            if not PyDict_CheckExact(group) or not same_items(<dict>group, <tuple>self._seen[g]):
                 return True
         return False
 

@@ -1,5 +1,12 @@
 """Memory: buffers that free themselves, spans, and which memory may not overlap which."""
-from numpy cimport PyArray_DATA, PyArray_ITEMSIZE, ndarray
+from numpy cimport (
+    PyArray_DATA,
+    PyArray_DIM,
+    PyArray_ITEMSIZE,
+    PyArray_NDIM,
+    PyArray_STRIDE,
+    ndarray,
+)
 
 from optcore.arrays cimport size_of
 
@@ -14,6 +21,22 @@ cdef inline Span span_at(const void *data, Py_ssize_t n_bytes, Py_ssize_t owner)
 
 cdef inline Span span_of(ndarray array, Py_ssize_t owner) noexcept:
     return span_at(PyArray_DATA(array), size_of(array) * PyArray_ITEMSIZE(array), owner)
+
+
+cdef inline Span span_over(ndarray array, Py_ssize_t owner) noexcept:
+    """From the first byte to the last of an array with any strides."""
+    cdef Span span = span_at(PyArray_DATA(array), PyArray_ITEMSIZE(array), owner)
+    cdef Py_ssize_t reach
+    cdef int axis
+    if size_of(array) == 0:
+        return span_at(PyArray_DATA(array), 0, owner)
+    for axis in range(PyArray_NDIM(array)):
+        reach = (PyArray_DIM(array, axis) - 1) * PyArray_STRIDE(array, axis)
+        if reach > 0:
+            span.end += reach
+        else:
+            span.begin += reach
+    return span
 
 
 cdef inline bint overlap(Span a, Span b) noexcept nogil:

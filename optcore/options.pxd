@@ -15,6 +15,7 @@ cdef struct Options:
     double max_norm         # infinity: none
     double ema_decay
     int nesterov
+    int dampen_first
     int skip_nonfinite
     int track_grad_norm
 
@@ -42,11 +43,11 @@ cdef int check_options(
 ) except -1
 
 
-cdef inline Variant variant_of(Rule rule, const optcore_options *o, bint first_step) noexcept nogil:
-    """Which of a rule's equations its options choose."""
+cdef inline Variant variant_of(Rule rule, const optcore_options *o, bint starts) noexcept nogil:
+    """Which of a rule's equations its options choose; `starts`: with an undampened step."""
     if o.lr_in_velocity and has_variant(rule, LR_IN_VELOCITY):
         return LR_IN_VELOCITY
-    return FIRST if first_step and o.dampening != 0 and has_variant(rule, FIRST) else PLAIN
+    return FIRST if starts and o.dampening != 0 and has_variant(rule, FIRST) else PLAIN
 
 
 cdef inline Scalars combine(const optcore_options *o) noexcept nogil:
@@ -61,4 +62,5 @@ cdef inline Scalars combine(const optcore_options *o) noexcept nogil:
     s.clip_value = o.clip_value
     s.ema_decay = 0
     s.ema_weight = 1
+    s.flushes = o.flush_subnormals
     return s

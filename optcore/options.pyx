@@ -62,9 +62,11 @@ OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("lr_in_velocity", FLAG, False, GROUP, VELOCITY_LACKS_LR,
      <char *>&sample.kernel.lr_in_velocity - start),
     ("first_step", FLAG, False, CALL, 0, <char *>&sample.kernel.first_step - start),
+    ("flush_subnormals", FLAG, False, GROUP, 0, <char *>&sample.kernel.flush_subnormals - start),
     ("max_norm", NONNEGATIVE, None, OPTIMIZER, 0, <char *>&sample.max_norm - start),
     ("ema_decay", FRACTION, None, OPTIMIZER, 0, <char *>&sample.ema_decay - start),
     ("nesterov", FLAG, False, GROUP, NO_MOMENTUM | OTHER_RULE, <char *>&sample.nesterov - start),
+    ("dampen_first", FLAG, False, GROUP, 0, <char *>&sample.dampen_first - start),
     ("skip_nonfinite", FLAG, False, OPTIMIZER, 0, <char *>&sample.skip_nonfinite - start),
     ("track_grad_norm", FLAG, False, OPTIMIZER, 0, <char *>&sample.track_grad_norm - start),
 )]}

@@ -1,30 +1,19 @@
-"""The whole-model step: a table of checked tensors, and at most two sweeps over it.
+"""The whole-model step: at most two sweeps over a table of checked tensors.
 
-`Plan` builds the table, takes gradients, steps and keeps state. Every public call is entered
-by `_exclusively`, one at a time. A step is prepared (all that can fail; what may run code of the
+`Plan` steps its table, keeps the options and the state. Every public call is entered by
+`_exclusively`, one at a time. A step is prepared (all that can fail; what may run code of the
 user's comes first, and the one pass over the arrays last), then measured and swept, which
 cannot fail (but for `_join_squares`, before anything is written), and then booked.
 """
-from cpython.object cimport PyObject
-from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from libc.math cimport INFINITY
-from numpy cimport PyArray_DATA, PyArray_SIZE, import_array, ndarray
+from libc.math cimport INFINITY, isfinite
+from numpy cimport import_array
 
-from optcore.arrays cimport (
-    Label,
-    as_ndarray,
-    check_param,
-    fits,
-    is_unmoved,
-    refuse_misfit,
-    spell,
-    storage_of,
-)
-from optcore.groups cimport Groups
-from optcore.memory cimport Buffer, Span, Spans, span_at, span_of, zeroed
+from optcore.arrays cimport spell
+from optcore.memory cimport Buffer, zeroed
 from optcore.norm cimport Norm, measures
 from optcore.options cimport (
     FRACTION,
+    NONNEGATIVE,
     POSITIVE,
     Options,
     as_schedule,
@@ -35,37 +24,20 @@ from optcore.options cimport (
     number,
     row_named,
     take_row,
-    variant_of,
 )
 from optcore.parallel cimport sweep_all
-from optcore.rules cimport NESTEROV, N_RULES, RULE_ROWS, SGD, Rule, Scalars
-from optcore.storage cimport FLOAT32, Stream, arithmetic_of, itemsize_of
+from optcore.rules cimport RULE_ROWS, SGD, Scalars
+from optcore.structure cimport Nest, Roots
 from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
+from optcore.table cimport Step, Table, rule_named
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
-from optcore._arena import allocate_like
-from optcore.arrays import is_array
 from optcore.options import OPTIMIZER_OPTIONS
 
 import_array()
-
-cdef struct Slot:               # what the plan alone knows of a tensor
-    Py_ssize_t group
-    bint first_step             # its states have not started
-    const void *clear           # the gradient last seen to overlap nothing that is written
-    const void *bound           # where its bound gradient is
-
-cdef struct Step:               # one that can no longer fail
-    double scale
-    double ema_decay
-    Py_ssize_t n_elements
-    bint zeroing
-    bint has_gradient           # not None for every parameter
-    bint starts                 # a first step is among it
-    bint lacks_states           # a rule has states that are not there yet
 
 # What `_exclusively` runs
 ctypedef object (*call_t)(Plan, object, object, object)
@@ -83,28 +55,15 @@ cdef object bound_grads = BOUND
 cdef tuple GRADS = (b"grads",)
 
 
-cdef class Plan:
+cdef class Plan(Table):
     """The compiled part of `optcore.SGD`. Not for direct use."""
 
-    cdef Buffer _table          # of tensors
-    cdef Buffer _sums           # bound gradients, as parameters that accumulate() steps
-    cdef Buffer _slot_memory
-    cdef Buffer _streams        # gradients of this step: tensor by tensor, set by set
-    cdef Buffer _apart          # where the gradients were that were last seen to lie apart
-    cdef Tensor *_tensors
-    cdef Slot *_slots
-    cdef Py_ssize_t _n, _n_apart
-    cdef Spans _written         # parameters and what the optimizer owns
-    cdef Spans _others
-    cdef Groups _groups
     cdef Norm _norm
     cdef Options _own           # the options that no group holds
     cdef object _ema_schedule
-    cdef bint _built, _busy, _single, _by_name, _any_float32
-    cdef tuple _params, _keys, _bound
-    cdef readonly tuple _state_names
-    cdef list _states           # of each name: one array a parameter, or None before they start
-    cdef tuple _averages
+    cdef readonly bint _built
+    cdef bint _busy
+    cdef Buffer _weights        # of replicas
     cdef object _grad_norm
     cdef list _nonfinite
     cdef readonly Py_ssize_t step_count
@@ -113,12 +72,6 @@ cdef class Plan:
     # Where others hold the rest of the gradients: takes this plan's sum of squares and the
     # indices of its parameters that are not finite, returns everyone's.
     cdef public object _join_squares
-
-    def __reduce__(self):
-        raise TypeError(
-            "an optimizer holds the addresses of its arrays and cannot be copied or pickled: "
-            "build one for the copied parameters and give it this one's state_dict()"
-        )
 
     cdef object _exclusively(self, call_t call, object a=None, object b=None, object c=None):
         """Run the one call at a time that an optimizer serves."""
@@ -137,124 +90,37 @@ cdef class Plan:
 
     # Building
 
-    def _build(self, list groups, *, bint single, bint by_name, options, grads, rule=None):
+    def _build(
+        self, list groups, Nest nest, *, options, grads=None, velocities=None, str rule=None,
+        given=None,
+    ):
         """Check everything, lay out the tables, and open the optimizer for use.
 
-        `groups` are complete dictionaries; "params" is a tuple, "param_names" a tuple or None.
-        "params" comes to hold NumPy's views of what other libraries lent. `options` are those
-        that no group holds; `rule` names that of every group, None leaves it to `momentum`
-        and `nesterov`.
+        `groups` are those of `_structure.read_groups`, and `nest` is how gradients come. `options`
+        are those that no group holds; `rule` names that of every group, None leaves it to
+        `momentum` and `nesterov`. `given` is the user's list of group dictionaries, if any.
         """
-        cdef Py_ssize_t i, g, n = 0
-        cdef ndarray a
         if self._params is not None:
             raise RuntimeError("an optimizer is built once")
-        arrays, keys = [], []
-        for group in groups:
-            arrays += group["params"]
-            keys += group["param_names"] or [None] * len(group["params"])
-        if not arrays:
-            raise ValueError("params must hold at least one array, got none")
-        self._single = single
-        self._by_name = by_name
-        self._keys = None if all([key is None for key in keys]) else tuple(keys)
-        for i in range(len(arrays)):
-            arrays[i] = check_param(arrays[i], self._label(b"params", i))
-        self._params = tuple(arrays)
-        self._n = len(arrays)
-        self._table = zeroed(self._n, sizeof(Tensor))
-        self._tensors = <Tensor *>self._table.at
-        self._slot_memory = zeroed(self._n, sizeof(Slot))
-        self._slots = <Slot *>self._slot_memory.at
-        self._streams = zeroed(self._n, sizeof(Stream))
-        self._apart = Buffer()
-        self._written, self._others = Spans(), Spans()
-        self._norm = Norm()
         self._own = default_options()
         self._own.ema_decay = 0
-        self._state_names = states_of(rule_named(rule))
-        self._states = [None] * len(self._state_names)
-        for group in groups:
-            g = len(group["params"])
-            group["params"] = self._params[n : n + g]
-            n += g
-        self._groups = Groups([group["params"] for group in groups], rule_named(rule))
-        i = 0
-        for g, group in enumerate(groups):
-            for a in group["params"]:
-                self._slots[i].group = g
-                self._slots[i].first_step = True
-                self._tensors[i] = one_tensor(
-                    PyArray_DATA(a), storage_of(a), PyArray_SIZE(a), NULL,
-                    &self._groups.at[g].scalars
-                )
-                if arithmetic_of(storage_of(a)) == FLOAT32:
-                    self._groups.at[g].has_float32 = self._any_float32 = True
-                else:
-                    self._groups.at[g].has_float64 = True
-                i += 1
-        self._list_written()
-        self.param_groups = groups
-        self._adopt(groups, options)
+        self._norm = Norm()
+        self._group_list = given
+        self.param_groups = self._lay(groups, nest, rule_named(rule))
+        self._adopt(self.param_groups, options)
+        if velocities is not None:
+            self._velocity_roots = self._velocity_roots.grown(velocities, nest, 0)
+            self._lend(velocities, nest, 0)
         self._start_states()
         if grads is not None:
-            self._bind(grads)
+            self._bind(Roots("grads").grown(grads, nest, 0))
         self._built = True
-
-    cdef Label _label(self, const char *what, Py_ssize_t i):
-        return Label(what, -1 if self._single else i, <PyObject *>self._keys)
-
-    cdef int _list_written(self) except -1:
-        """List the memory a step writes; two parameters in one place are an error."""
-        cdef Py_ssize_t i, first, second
-        cdef Span span
-        self._written.clear(self._n + len(self._states) + 1)
-        for i in range(self._n):
-            self._written.add(span_of(<ndarray>self._params[i], i))
-            self._slots[i].clear = NULL
-        for arena in (*self._states, self._averages):
-            if arena is not None:
-                span = span_of(<ndarray>arena[0], -1)
-                span.end = span_of(<ndarray>arena[self._n - 1], -1).end
-                self._written.add(span)
-        if not self._written.sort(&first, &second):
-            same = "is the same array as" if (
-                self._params[first] is self._params[second]
-            ) else "shares memory with"
-            raise ValueError(
-                f"{spell(self._label(b'params', second))} {same} "
-                f"{spell(self._label(b'params', first))}"
-            )
-        return 0
-
-    cdef int _start_states(self) except -1:
-        """Allocate the states of a group's rule as soon as it has some."""
-        cdef Py_ssize_t g, k, n_states = 0
-        for g in range(self._groups.n):
-            n_states = max(n_states, RULE_ROWS[self._groups.at[g].rule].n_states)
-        for k in range(n_states):
-            if self._states[k] is None:
-                self._install_state(k, self._allocated())
-        return 0
-
-    cdef tuple _allocated(self):
-        """Zeros like the parameters, which must be what the border took."""
-        self._check_places()
-        return tuple(allocate_like(self._params))
-
-    cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1:
-        cdef Py_ssize_t i
-        self._states[k] = arrays
-        for i in range(self._n):
-            self._tensors[i].states[k].data = PyArray_DATA(<ndarray>arrays[i])
-        return self._list_written()
 
     # Options
 
     cdef int _adopt(self, object groups, object options) except -1:
         """Check groups and options of the whole optimizer together, then take them over."""
         cdef Options own = self._own
-        cdef Py_ssize_t i
         cdef int row
         schedule, averages = self._ema_schedule, self._averages
         for name, value in options.items():
@@ -266,22 +132,30 @@ cdef class Plan:
                 if schedule is None:
                     own.ema_decay = self._checked_ema_decay(value, name)
                 if averages is None:
-                    averages = self._allocated()
+                    averages = self._allocated(0)
             elif averages is not None:
                 raise ValueError("ema_decay cannot be None once an average is kept")
         checked = self._groups.check(groups, &own)
         self._check_places()
         # Nothing from here on can fail
-        self.param_groups = groups
+        if groups is not self.param_groups:
+            self._replace_groups(groups)
         self._groups.adopt(checked)
         self._own = own
         self._ema_schedule = schedule
         if averages is not self._averages:
-            self._averages = averages
-            for i in range(self._n):
-                averages[i][...] = self._params[i]
-                self._tensors[i].ema = PyArray_DATA(<ndarray>averages[i])
-            self._list_written()
+            self._install_averages(averages, 0)
+        return 0
+
+    cdef int _replace_groups(self, list groups) except -1:
+        """Put other values into the dictionaries that there are, for others may hold them."""
+        held = self.param_groups
+        if type(held) is list and [type(group) for group in held] == [dict] * len(groups):
+            for group, other in zip(held, [dict(group) for group in groups], strict=True):
+                group.clear()
+                group.update(other)
+        else:
+            self.param_groups = groups
         return 0
 
     cdef int _read_groups(self) except -1:
@@ -334,255 +208,38 @@ cdef class Plan:
     def ema_decay(self, value):
         self._exclusively(set_option, "ema_decay", value)
 
-    # Gradients
-
-    cdef tuple _listed(self, object grads, str what):
-        """The gradients of all parameters in order, from the structure of `params`."""
-        cdef tuple listed
-        if self._single:
-            return (grads,)
-        if self._by_name:
-            if not isinstance(grads, Mapping):
-                raise TypeError(
-                    f"{what} must be a mapping by parameter name, got {type(grads).__name__}"
-                )
-            missing = [key for key in self._keys if key not in grads]
-            if missing or len(grads) != self._n:
-                unknown = [key for key in grads if key not in self._keys]
-                raise ValueError(
-                    f"{what} must have the names of params, got "
-                    + " and ".join(
-                        [f"none named {missing!r}"] * bool(missing)
-                        + [f"unknown {unknown!r}"] * bool(unknown)
-                    )
-                )
-            return tuple([grads[key] for key in self._keys])
-        if not isinstance(grads, (list, tuple)) and (
-            isinstance(grads, (str, set, frozenset, Mapping))
-            or is_array(grads)
-            or not isinstance(grads, Iterable)
-        ):
-            raise TypeError(
-                f"{what} must be a sequence of {self._n} arrays, got {type(grads).__name__}"
-            )
-        listed = tuple(grads)
-        if PyTuple_GET_SIZE(listed) != self._n:
-            raise ValueError(
-                f"{what} must have one entry for each of {self._n} parameters, "
-                f"got {PyTuple_GET_SIZE(listed)}"
-            )
-        return listed
-
-    cdef list _sets_of(self, object grads):
-        """The gradients given to a step, or None for the bound ones."""
-        if grads is not bound_grads:
-            return [self._listed(grads, "grads")]
-        if self._bound is None:
-            raise TypeError("grads must be given to step() where none were bound")
-        return None
-
-    cdef int _view(self, list sets, tuple names, bint written) except -1:
-        """Replace gradients of other libraries by NumPy's views, which `sets` then holds."""
-        cdef Py_ssize_t i, k
-        cdef tuple listed
-        for k in range(PyTuple_GET_SIZE(names)):
-            listed = <tuple>sets[k]
-            views = None
-            for i in range(self._n):
-                gradient = <object>PyTuple_GET_ITEM(listed, i)
-                if type(gradient) is not ndarray and gradient is not None:
-                    if views is None:
-                        views = list(listed)
-                    views[i] = as_ndarray(
-                        gradient, written, self._label(<bytes>PyTuple_GET_ITEM(names, k), i)
-                    )
-            if views is not None:
-                sets[k] = tuple(views)
-        return 0
-
-    cdef int _take(self, list sets, tuple names, Step *step) except -1:
-        """Check all memory of a step and point every tensor at its gradients.
-
-        No `sets` means the bound gradients. Nothing here runs code of the user's, and
-        nothing that does may come between this and the sweep.
-        """
-        cdef Py_ssize_t i, k, n_sets = PyTuple_GET_SIZE(names)
-        cdef bint bound = sets is None
-        cdef tuple params = self._params
-        cdef Stream *grads
-        cdef Slot *slot
-        cdef Tensor *t
-        cdef Rule rule
-        cdef int n_states
-        step.n_elements = 0
-        step.has_gradient = step.starts = step.lacks_states = False
-        self._streams.grow(self._n * n_sets, sizeof(Stream))
-        grads = <Stream *>self._streams.at
-        for i in range(self._n):
-            t = &self._tensors[i]
-            slot = &self._slots[i]
-            if not is_unmoved(
-                <ndarray>PyTuple_GET_ITEM(params, i), t.param.data, t.size, t.param.storage
-            ):
-                self._refuse_moved(params, i, t.param.data, b"params")
-            t.grads = grads
-            t.n_grads = <int>n_sets
-            if bound:
-                grads[0].data = <void *>slot.bound
-                grads[0].storage = t.param.storage
-                if slot.bound != NULL and not is_unmoved(
-                    <ndarray>PyTuple_GET_ITEM(self._bound, i), slot.bound, t.size,
-                    t.param.storage
-                ):
-                    self._refuse_moved(self._bound, i, slot.bound, b"grads")
-            else:
-                for k in range(n_sets):
-                    self._take_one(
-                        i, k, <object>PyTuple_GET_ITEM(<tuple>sets[k], i), names, step.zeroing,
-                        &grads[k]
-                    )
-            if grads[0].data != NULL:
-                step.has_gradient = True
-                step.n_elements += t.size
-                rule = self._groups.at[slot.group].rule
-                t.rule = rule
-                t.variant = variant_of(
-                    rule, &self._groups.at[slot.group].options.kernel, slot.first_step
-                )
-                t.zero_grad = step.zeroing
-                n_states = RULE_ROWS[rule].n_states
-                if n_states > 0:
-                    step.starts |= slot.first_step
-                    step.lacks_states |= t.states[n_states - 1].data == NULL
-            grads += n_sets
-        if step.zeroing and not bound:
-            self._refuse_shared(names)
-        return 0
-
-    cdef int _take_one(
-        self, Py_ssize_t i, Py_ssize_t k, object gradient, tuple names, bint written,
-        Stream *stream
-    ) except -1:
-        cdef ndarray param = <ndarray>PyTuple_GET_ITEM(self._params, i)
-        cdef ndarray a
-        cdef Py_ssize_t owner
-        stream.data = NULL
-        stream.storage = self._tensors[i].param.storage
-        if gradient is not None:
-            a = <ndarray>gradient
-            if not fits(a, param, written):
-                refuse_misfit(a, param, written, self._label(names[k], i))
-            stream.data = PyArray_DATA(a)
-            if stream.data != self._slots[i].clear or k > 0:
-                owner = self._written.owner_over(span_of(a, 0))
-                if owner >= -1:
-                    what = "the optimizer's own memory" if owner < 0 else spell(
-                        self._label(b"params", owner)
-                    )
-                    raise ValueError(
-                        f"{spell(self._label(names[k], i))} must not share memory with {what}, "
-                        "got overlapping arrays"
-                    )
-                if k == 0:
-                    self._slots[i].clear = stream.data
-        if k > 0 and (stream.data == NULL) != ((stream - k).data == NULL):
-            raise ValueError(
-                f"{spell(self._label(names[k], i))} and its counterpart in {names[0].decode()} "
-                "must both be None or neither"
-            )
-        return 0
-
-    cdef int _refuse_shared(self, tuple names) except -1:
-        """Refuse gradients that share memory where they are written."""
-        cdef Py_ssize_t i, k, first, second, n_sets = PyTuple_GET_SIZE(names)
-        cdef const Stream *grads = <const Stream *>self._streams.at
-        cdef const void **apart
-        cdef bint seen = self._n_apart == self._n * n_sets
-        self._apart.grow(self._n * n_sets, sizeof(void *))
-        apart = <const void **>self._apart.at
-        for i in range(self._n * n_sets):
-            seen = seen and apart[i] == grads[i].data
-        if seen:
-            return 0
-        self._n_apart = 0
-        self._others.clear(self._n * n_sets)
-        for i in range(self._n):
-            for k in range(n_sets):
-                self._add_other(grads[i * n_sets + k].data, i, k * self._n + i)
-        if not self._others.sort(&first, &second):
-            raise ValueError(
-                f"{spell(self._label(names[second // self._n], second % self._n))} must not share "
-                f"memory with {spell(self._label(names[first // self._n], first % self._n))} "
-                "where gradients are written, got overlapping arrays"
-            )
-        for i in range(self._n * n_sets):
-            apart[i] = grads[i].data
-        self._n_apart = self._n * n_sets
-        return 0
-
-    cdef void _add_other(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
-        """List an array as large as parameter i, where there is one."""
-        if data != NULL:
-            self._others.add(self._span_like(data, i, owner))
-
-    cdef Span _span_like(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
-        cdef const Tensor *t = &self._tensors[i]
-        return span_at(data, t.size * itemsize_of(t.param.storage), owner)
-
-    def _bind(self, grads):
-        """Check gradients once and keep them."""
-        cdef Py_ssize_t i
-        cdef Step step
-        cdef list sets = [self._listed(grads, "grads")]
-        step.zeroing = True
-        self._view(sets, GRADS, True)
-        self._take(sets, GRADS, &step)
-        self._sums = zeroed(self._n, sizeof(Tensor))
-        for i in range(self._n):
-            self._slots[i].bound = self._tensors[i].grads[0].data
-        self._bound = sets[0]
-
-    cdef int _check_places(self) except -1:
-        """Refuse parameters whose memory moved, before anything is sized by them."""
-        cdef Py_ssize_t i
-        cdef const Tensor *t
-        for i in range(self._n):
-            t = &self._tensors[i]
-            if not is_unmoved(
-                <ndarray>PyTuple_GET_ITEM(self._params, i), t.param.data, t.size, t.param.storage
-            ):
-                self._refuse_moved(self._params, i, t.param.data, b"params")
-        return 0
-
-    cdef int _refuse_moved(
-        self, tuple arrays, Py_ssize_t i, const void *data, const char *what
-    ) except -1:
-        a = arrays[i]
-        raise ValueError(
-            f"{spell(self._label(what, i))} must stay in its place, {self._tensors[i].size} "
-            f"contiguous, writeable elements at {<size_t>data:#x}; got {a.size} of {a.dtype} with "
-            f"strides {a.strides}, {'writeable' if a.flags.writeable else 'read-only'}, at "
-            f"{a.ctypes.data:#x}"
-        )
-
     # Stepping
 
+    cdef list _sets_of(self, object grads):
+        """The gradients given to a step, or None for bound ones that lie as they must."""
+        if grads is not bound_grads:
+            return [self._listed(grads, self._nest, "grads")]
+        if self._bound is None:
+            raise TypeError("grads must be given to step() where none were bound")
+        self._look_at_bound()
+        return [self._bound] if self._bound_scattered else None
+
     cdef Step _prepare(
-        self, list sets, tuple names, object grad_scale, object zero_grad
+        self, list sets, tuple names, object grad_scale, object zero_grad, object weights=None
     ) except *:
         """Everything of a step that can fail, in the order that its parts rely on."""
         cdef Step step
         step.zeroing = flag(zero_grad, "zero_grad")
         step.scale = number(grad_scale, "grad_scale", POSITIVE)
-        step.scale /= PyTuple_GET_SIZE(names)
+        step.weights = NULL
+        if weights is None:
+            step.scale /= len(names)
+        else:
+            step.weights = self._weights_of(weights, len(names))
+        self._look_at_params()
+        if self._lent is not None:
+            self._look_at_velocities()
         self._read_groups()
         self._groups.follow(self.step_count)
         if step.scale != 1 and self._any_float32:
             check_rounding(row_named("grad_scale"), step.scale, "grad_scale")
         step.ema_decay = self._current_ema_decay()
-        if sets is not None:
-            self._view(sets, names, step.zeroing)
-        self._take(sets, names, &step)
+        self._ready(sets, names, &step)
         if not step.has_gradient:
             raise ValueError("grads must hold at least one array, got None for every parameter")
         if step.lacks_states or (measures(&self._own) and not self._norm.is_prepared()):
@@ -590,6 +247,32 @@ cdef class Plan:
             self._norm.prepare(self._tensors, self._n)
             self._take(sets, names, &step)      # again, for allocating may run a finalizer
         return step
+
+    cdef const double *_weights_of(self, object weights, Py_ssize_t n) except? NULL:
+        """The replicas' weights, divided by their sum in float64; NULL for one replica."""
+        cdef Py_ssize_t k
+        cdef double total = 0
+        cdef double *at
+        if isinstance(weights, (str, bytes)) or not isinstance(weights, Iterable):
+            raise TypeError(
+                f"weights must be a sequence of {n} numbers, got {type(weights).__name__}"
+            )
+        given = [number(weight, f"weights[{k}]", NONNEGATIVE) for k, weight in enumerate(weights)]
+        if len(given) != n:
+            raise ValueError(
+                f"weights must have one entry for each of {n} replicas, got {len(given)}"
+            )
+        for k in range(n):
+            total += <double>given[k]
+        if not 0 < total or not isfinite(total):
+            raise ValueError(f"weights must have a finite sum > 0, got {total!r}")
+        self._weights = zeroed(n, sizeof(double))
+        at = <double *>self._weights.at
+        for k in range(n):
+            at[k] = <double>given[k] / total
+            if self._any_float32:
+                check_rounding(row_named("grad_scale"), at[k], f"weights[{k}] / sum(weights)")
+        return at if n > 1 else NULL
 
     cdef double _current_ema_decay(self) except -1:
         if self._averages is None or self._ema_schedule is None:
@@ -628,6 +311,8 @@ cdef class Plan:
                         self._slots[i].first_step = False
         elif step.zeroing:
             sweep_all(ZERO, self._tensors, self._n, step.n_elements)
+        if self._to_zero is not None:
+            self._zero_scattered()
         self._grad_norm = grad_norm
         self._nonfinite = nonfinite
         self.step_count += not skips
@@ -639,9 +324,11 @@ cdef class Plan:
 
         Parameters
         ----------
-        grads : array, sequence or mapping, in the structure of `params`, optional
-            A parameter whose gradient is None is left out entirely. Without it, the gradients
-            bound at construction.
+        grads : array, sequence, mapping or nest of them, in the structure of `params`, optional
+            A parameter whose gradient is None is left out entirely, and so are all of a container
+            that is None. Gradients may lie otherwise than their parameters (transposed, strided):
+            they are copied then, into a buffer that is kept for the next step. Without `grads`,
+            the gradients bound at construction.
         grad_scale : float, > 0, default 1
             Multiplies every gradient first: 1 / loss scale, or 1 / number of accumulations.
         zero_grad : bool, default False
@@ -668,7 +355,7 @@ cdef class Plan:
         """
         return self._exclusively(check_step, grads, grad_scale, zero_grad)
 
-    def step_replicas(self, replica_grads, *, grad_scale=1.0, zero_grad=False):
+    def step_replicas(self, replica_grads, *, weights=None, grad_scale=1.0, zero_grad=False):
         """Take one step with the mean of several workers' gradients.
 
         The mean is formed inside the sweep: gradients are added in the order given, in the
@@ -680,6 +367,10 @@ cdef class Plan:
         replica_grads : sequence
             One entry for each worker (replica, federated client), each in the structure of
             `params`. A parameter is left out where its gradient is None in every entry.
+        weights : sequence of floats >= 0, optional
+            One for each replica, the number of its examples say. The weighted mean is formed as
+            ``s = w[0] * g[0]; s = s + w[k] * g[k]``, each weight divided by their sum in float64
+            and then rounded once to the parameter's arithmetic type; `grad_scale` follows.
         grad_scale, zero_grad
             As in `step`; every replica's gradients are zeroed.
 
@@ -691,10 +382,10 @@ cdef class Plan:
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            As `step`; ValueError also for no replica at all and for a gradient that is None in
-            some replicas only.
+            As `step`; ValueError also for no replica at all, for a gradient that is None in
+            some replicas only, and for weights that are all zero.
         """
-        return self._exclusively(take_replicas, replica_grads, grad_scale, zero_grad)
+        return self._exclusively(take_replicas, replica_grads, (weights, grad_scale), zero_grad)
 
     @property
     def grad_norm(self):
@@ -755,6 +446,14 @@ cdef class Plan:
             for i in range(self._n)
         ]
 
+    def _grow(self, list groups, nests, grads, velocities):
+        """Take one group more, the last of `groups`; `nests` are of all together and of its own."""
+        self._exclusively(grow, groups, nests, (grads, velocities))
+
+    def _set_in_groups(self, name, value):
+        """Set an option in every group, checked as one."""
+        self._exclusively(set_in_groups, name, value)
+
     def _snapshot(self, bint include_params=False):
         """Return copies of all that one moment holds: state, groups, counts and options."""
         return self._exclusively(copy_state, include_params)
@@ -762,8 +461,8 @@ cdef class Plan:
     def _restore(self, list groups, list entries, dict options, counts, writes=()):
         """Take over a checked state.
 
-        `entries` are as `_state` has them, None where an average or all that is kept stays as it
-        is; states of None become zero. `options` are those of the whole optimizer to change,
+        `entries` are as `_state` has them; states of None become zero, what is left out stays, and
+        an average of None does. `options` are those of the whole optimizer to change,
         `counts` the steps applied and skipped, `writes` pairs of an array and what it becomes.
         """
         self._exclusively(take_state, groups, entries, (options, counts, writes))
@@ -783,9 +482,10 @@ cdef object check_step(Plan self, object grads, object grad_scale, object zero_g
     return (self._bound if sets is None else sets[0]), self._groups.values(), step.ema_decay
 
 
-cdef object take_replicas(Plan self, object replica_grads, object grad_scale, object zero_grad):
+cdef object take_replicas(Plan self, object replica_grads, object scaling, object zero_grad):
     cdef Step step
     cdef Py_ssize_t k
+    weights, grad_scale = scaling
     if not isinstance(replica_grads, (list, tuple)):
         raise TypeError(
             "replica_grads must be a list or tuple with one entry for each replica, "
@@ -794,9 +494,10 @@ cdef object take_replicas(Plan self, object replica_grads, object grad_scale, ob
     if not replica_grads:
         raise ValueError("replica_grads must have at least one entry, got none")
     names = [f"replica_grads[{k}]" for k in range(len(replica_grads))]
-    sets = [self._listed(grads, name) for grads, name in zip(replica_grads, names, strict=True)]
+    sets = [self._listed(grads, self._nest, name)
+            for grads, name in zip(replica_grads, names, strict=True)]
     labels = tuple([name.encode() for name in names])
-    step = self._prepare(sets, labels, grad_scale, zero_grad)
+    step = self._prepare(sets, labels, grad_scale, zero_grad, weights)
     return self._step(&step)
 
 
@@ -809,9 +510,17 @@ cdef object add_up(Plan self, object grads, object _, object __):
     cdef Tensor *t
     if self._bound is None:
         raise RuntimeError("accumulate() needs gradients bound with SGD(..., grads=...)")
-    sets = [self._listed(grads, "grads")]
+    self._look_at_bound()
+    if self._bound_scattered:
+        raise ValueError(
+            "grads must lie as their parameters do where accumulate() adds into them, got one "
+            "that lies otherwise: bind np.zeros_like(p)"
+        )
+    sets = [self._listed(grads, self._nest, "grads")]
     step.zeroing = False
-    self._view(sets, GRADS, False)
+    step.weights = NULL
+    self._look_at_params()
+    self._ready(sets, GRADS, &step)
     self._take(None, GRADS, &step)
     self._take(sets, GRADS, &step)
     self._others.clear(self._n)
@@ -853,15 +562,74 @@ cdef int refuse_self_sum(Plan self, Py_ssize_t i, const void *data) except -1:
 
 cdef object zero_bound(Plan self, object _, object __, object ___):
     cdef Step step
+    cdef list sets
     if self._bound is None:
         raise RuntimeError("zero_grad() needs gradients bound with SGD(..., grads=...)")
+    sets = self._sets_of(bound_grads)
     step.zeroing = True
-    self._take(None, GRADS, &step)
+    step.weights = NULL
+    self._look_at_params()
+    self._ready(sets, GRADS, &step)
     sweep_all(ZERO, self._tensors, self._n, step.n_elements)
+    if self._to_zero is not None:
+        self._zero_scattered()
 
 
 cdef object set_option(Plan self, object name, object value, object _):
     self._adopt(self.param_groups, {name: value})
+
+
+cdef object set_in_groups(Plan self, object name, object value, object _):
+    groups = self.param_groups
+    if isinstance(groups, list):
+        groups = [{**group, name: value} if isinstance(group, dict) else group for group in groups]
+    checked = self._groups.check(groups, &self._own)
+    for group in self.param_groups:
+        group[name] = value
+    self._groups.adopt(checked)
+
+
+cdef object grow(Plan self, object groups, object nests, object rest):
+    """Build anew with another group, keep what has been, then take over what was built."""
+    cdef Py_ssize_t i, k, n = self._n
+    cdef Nest nest, own
+    cdef Plan grown
+    nest, own = nests
+    grads, velocities = rest
+    if (grads is None) != (self._bound is None):
+        raise ValueError(
+            "grads must be given for the new parameters where gradients are bound, got none"
+            if grads is None else "grads must be left out where none were bound, got some"
+        )
+    self._look_at_params()
+    self._look_at_velocities()
+    self._read_groups()
+    self._check_places()
+    grown = Plan.__new__(Plan)
+    grown._own, grown._ema_schedule = self._own, self._ema_schedule
+    grown._norm = Norm()
+    grown._group_list = self._group_list
+    grown.param_groups = grown._lay(groups, nest, self._rule_given)
+    grown._lent = None if self._lent is None else self._lent + (None,) * (grown._n - n)
+    grown._velocity_roots = self._velocity_roots
+    for i in range(n):
+        grown._slots[i].first_step = self._slots[i].first_step
+    for k, arrays in enumerate(self._states):
+        if arrays is not None:
+            grown._install_state(k, arrays + grown._allocated(n))
+    if self._averages is not None:
+        grown._install_averages(self._averages + grown._allocated(n), n)
+    grown._adopt(grown.param_groups, {})
+    if velocities is not None:
+        grown._velocity_roots = self._velocity_roots.grown(velocities, own, n)
+        grown._lend(velocities, own, n)
+    grown._start_states()
+    if grads is not None:
+        grown._bind(self._bound_roots.grown(grads, own, n))
+    # Nothing from here on can fail
+    self._become(grown)
+    self._norm = grown._norm
+    self.param_groups.append(groups[-1].options)
 
 
 cdef object copy_state(Plan self, object include_params, object _, object __):
@@ -886,8 +654,9 @@ cdef object copy_state(Plan self, object include_params, object _, object __):
 cdef object take_state(Plan self, object groups, object entries, object rest):
     cdef Py_ssize_t i, k
     options, (step_count, skipped), writes = rest
-    started = any([entry[name] is not None for entry in entries for name in self._state_names])
-    new = {k: self._allocated() for k, arrays in enumerate(self._states)
+    started = any([entry.get(name) is not None
+                   for entry in entries for name in self._state_names])
+    new = {k: self._allocated(0) for k, arrays in enumerate(self._states)
            if started and arrays is None}
     self._adopt(groups, {name: value for name, value in options.items()
                          if name != "ema_decay" or value is not None})
@@ -896,33 +665,14 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
         self._install_state(k, arrays)
     for i, entry in enumerate(entries):
         for name, arrays in zip(self._state_names, self._states, strict=True):
-            if arrays is not None:
+            if arrays is not None and name in entry:
                 arrays[i][...] = 0 if entry[name] is None else entry[name]
-        if self._averages is not None and entry["ema"] is not None:
+        if self._averages is not None and entry.get("ema") is not None:
             self._averages[i][...] = entry["ema"]
-        self._slots[i].first_step = entry["first_step"]
+        self._slots[i].first_step = entry.get("first_step", self._slots[i].first_step)
     for array, value in writes:
         array[...] = value
     self.step_count = step_count
     self.skipped = skipped
     self._grad_norm = None
     self._nonfinite = None
-
-
-# Rules by their names
-
-cdef Rule rule_named(object name) except -2:
-    cdef Rule rule
-    if name is None:
-        return -1
-    for rule in range(N_RULES):
-        if RULE_ROWS[rule].name.decode() == name:
-            return rule
-    raise ValueError(f"rule must be one of optcore's, got {name!r}")
-
-
-cdef tuple states_of(Rule rule):
-    """The names of a rule's states; of all that momentum and nesterov choose from, the most."""
-    cdef int k
-    rule = NESTEROV if rule < 0 else rule
-    return tuple([RULE_ROWS[rule].states[k].decode() for k in range(RULE_ROWS[rule].n_states)])

@@ -26,6 +26,7 @@ cdef struct Scalars:
     double clip_value       # infinity: none
     double ema_decay
     double ema_weight       # 1 - ema_decay
+    bint flushes            # states below the smallest normal number become 0
 
 cdef extern from *:
     """

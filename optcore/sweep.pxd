@@ -24,6 +24,7 @@ cdef struct Tensor:
     void *ema                       # INOUT, arithmetic type; NULL: no average is kept
     Partial *partials               # OUT of SQUARES, one for each CHUNK
     const Scalars *scalars          # IN
+    const double *weights           # IN: of the gradients, whose sum is 1; NULL: plainly added
     double unit                     # SQUARES: a power of two that multiplies gradients first
     Py_ssize_t size
     int n_grads
@@ -47,6 +48,7 @@ cdef inline Tensor one_tensor(
     t.ema = NULL
     t.partials = NULL
     t.scalars = scalars
+    t.weights = NULL
     t.unit = 1
     t.size = size
     t.n_grads = 1

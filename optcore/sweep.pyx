@@ -6,10 +6,11 @@ level's compiler flags reach every loop and each constant argument becomes code.
 
 Options come in three places. What is neutral for free (scale, maximize, decoupled decay,
 dampening) is always in the rule's loop; coupled decay has a loop of its own, for no value of
-λ leaves every bit as it was; the rest (several gradients, clipping by value, averaging,
+λ leaves every bit as it was; the rest (several gradients, clipping by value, flushing, averaging,
 zeroing) are stages around the rule's loop, run block by block while the block is in L1. So is
 the opening of arrays that are stored in another type than they are stepped in.
 """
+from libc.float cimport DBL_MIN, FLT_MIN
 from libc.math cimport INFINITY, isfinite
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
@@ -140,16 +141,26 @@ cdef inline inlined run_rule(
 cdef inline inlined add_gradients(
     real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n
 ) noexcept nogil:
-    """d = ((g0 + g1) + g2) + …, in the arithmetic type."""
+    """d = ((g0 + g1) + g2) + …, or ((w0 * g0 + w1 * g1) + …, in the arithmetic type."""
     cdef real[BLOCK] scratch
     cdef real *g
+    cdef real weight
     cdef Py_ssize_t i
     cdef int k
     load(d, t.grads, begin, n)
+    if t.weights != NULL:
+        weight = <real>t.weights[0]
+        for i in range(n):
+            d[i] = weight * d[i]
     for k in range(1, t.n_grads):
         opened(&g, &t.grads[k], begin, n, scratch, False)
-        for i in range(n):
-            d[i] = d[i] + g[i]
+        if t.weights != NULL:
+            weight = <real>t.weights[k]
+            for i in range(n):
+                d[i] = d[i] + weight * g[i]
+        else:
+            for i in range(n):
+                d[i] = d[i] + g[i]
 
 
 cdef inline inlined scale_and_clip(
@@ -162,6 +173,14 @@ cdef inline inlined scale_and_clip(
         di = scale * d[i]
         di = -bound if di < -bound else di
         d[i] = bound if di > bound else di
+
+
+cdef inline inlined flush(real *restrict v, Py_ssize_t n) noexcept nogil:
+    """v = 0 where |v| is below the smallest normal number; a NaN stays."""
+    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
+    cdef Py_ssize_t i
+    for i in range(n):
+        v[i] = 0 if -least < v[i] < least else v[i]
 
 
 cdef inline inlined average(
@@ -216,8 +235,9 @@ cdef inline inlined step_blocks(
     cdef size_t itemsize = sizeof(real) if is_open else itemsize_of(t.param.storage)
     cdef Py_ssize_t block = end - begin
     cdef Py_ssize_t n = -(<uintptr_t>t.param.data + begin * itemsize) % LINE // itemsize
+    cdef bint trailed = s.flushes or t.ema != NULL or t.zero_grad
     cdef int k
-    if staged or t.ema or t.zero_grad or not is_open:
+    if staged or trailed or not is_open:
         block = BLOCK
     if n == 0:
         n = block
@@ -238,15 +258,19 @@ cdef inline inlined step_blocks(
         run_rule(
             t.rule, t.variant, x, d, states, begin if is_open else 0, n, scale, s
         )
+        if trailed:
+            if s.flushes:
+                for k in range(RULE_ROWS[t.rule].n_states):
+                    flush(states[k] + (begin if is_open else 0), n)
+            if t.ema:
+                average(<real *>t.ema + begin, x, n, s)
+            if t.zero_grad:
+                zero_gradients(t, begin, n)
         if not is_open:
             for k in range(MOST_STATES):
                 if t.states[k].data:
                     closed(states[k], &t.states[k], begin, n)
             closed(x, &t.param, begin, n)
-        if t.ema:
-            average(<real *>t.ema + begin, x, n, s)
-        if t.zero_grad:
-            zero_gradients(t, begin, n)
         begin += n
         n = block
 

@@ -118,10 +118,16 @@ def python_signatures():
     yield "SGD", optcore.SGD.__init__, optcore.SGD, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS]
     own = ["lr", "weight_decay", "decoupled_weight_decay", "maximize", "grad_scale", "clip_value"]
     yield "sgd_step", optcore.sgd_step, optcore.sgd_step, own
-    own = [*own, "momentum", "lr_in_velocity"]
+    own = [*own, "momentum", "lr_in_velocity", "flush_subnormals"]
     yield "nesterov_step", optcore.nesterov_step, optcore.nesterov_step, own
     momentum = optcore.momentum_step
-    yield "momentum_step", momentum, momentum, [*own, "dampening", "first_step"]
+    own = [*own, "dampening", "first_step", "dampen_first"]
+    yield "momentum_step", momentum, momentum, own
+
+
+def default_of(name):
+    """Return the default in Python, where not every flag has one."""
+    return None if name == "first_step" else OPTIONS[name].default
 
 
 def check_signature(function, expected):
@@ -131,7 +137,7 @@ def check_signature(function, expected):
     assert sorted(taken) == sorted(expected)
     for name, default in taken.items():
         if default is not inspect.Parameter.empty:
-            assert same_value(default, OPTIONS[name].default), name
+            assert same_value(default, default_of(name)), name
     return {name for name in taken if taken[name] is inspect.Parameter.empty}
 
 
@@ -186,7 +192,7 @@ def test_docstrings(function, documented, options):
         if stated:
             assert same_value(ast.literal_eval(stated[1]), OPTIONS[name].default), name
         elif text.endswith("optional"):
-            assert OPTIONS[name].default is None
+            assert default_of(name) is None
         elif text:
             assert parameters[name].default is inspect.Parameter.empty or name == "lr"
 
@@ -214,7 +220,7 @@ def test_stubs_of_functions(name):
         if default is None:
             assert parameters[option].default is inspect.Parameter.empty
         else:
-            assert same_value(ast.literal_eval(default), OPTIONS[option].default), option
+            assert same_value(ast.literal_eval(default), default_of(option)), option
 
 
 def test_stub_of_make_options():
@@ -295,6 +301,8 @@ def by_function(rule):
     def use(trial, name, value):
         arrays = [trial.x, trial.g, trial.v][: 2 + len(RULES_BY_ID[rule].states)]
         scalars = {"lr": 0.5, **dict.fromkeys(RULES_BY_ID[rule].scalars, 0.5)}
+        if name == "dampening":
+            scalars["first_step"] = False
         FUNCTIONS[rule](*arrays, **{**scalars, name: value})
 
     return use, [name for name in NUMBERS if name in inspect.signature(FUNCTIONS[rule]).parameters]
@@ -1017,7 +1025,7 @@ def test_state_of_schedules(names, script, rng):
     run(opt, script[:3])
     state = copy.deepcopy(opt.state_dict())
     saved = state["param_groups"][0]
-    assert state["version"] == 2
+    assert state["version"] == 3
     assert saved["schedules"] == [name for name in GROUP_OPTIONS if name in names]
     assert all(saved[name] is None for name in names)
     assert {name: saved[name] for name in options} == options
@@ -1167,7 +1175,7 @@ def test_no_bound_is_no_schedule(own, rng, tmp_path):
         assert other.param_groups[0]["clip_value"] is None
 
 
-@pytest.mark.parametrize("version", [3, 0, None, "2", 1.5])
+@pytest.mark.parametrize("version", [4, 0, None, "2", 1.5])
 def test_versions_to_come_are_refused(version, rng, tmp_path):
     opt = optcore.SGD(draw(rng), lr=0.1)
     state = {**opt._contents(include_params=False), "version": version}
@@ -1296,7 +1304,8 @@ def test_functions_refuse_what_groups_do(rng):
     x, g, v = (rng.standard_normal(7) for _ in range(3))
     copies = [a.copy() for a in (x, g, v)]
     with pytest.raises(ValueError, match=r"^dampening must be 0 with lr_in_velocity=True"):
-        optcore.momentum_step(x, g, v, lr=0.1, momentum=0.5, dampening=0.25, lr_in_velocity=True)
+        optcore.momentum_step(x, g, v, lr=0.1, momentum=0.5, dampening=0.25, lr_in_velocity=True,
+                              first_step=False)
     for first_step, decoupled in itertools.product([False, True], repeat=2):
         with pytest.raises(ValueError, match=r"^lr \* weight_decay must be finite"):
             optcore.momentum_step(

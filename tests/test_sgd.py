@@ -99,7 +99,9 @@ def test_structures(kind, rng):
     opt = sgd(given, rule, options, ema_decay=0.5)
     opt.step(gradients)
     assert_same(flat, model)
-    assert type(opt.ema) is (np.ndarray if kind == "array" else dict if by_name else list)
+    assert type(opt.ema) is {"array": np.ndarray, "tuple": tuple}.get(
+        kind, dict if by_name else list
+    )
     if by_name:
         assert list(opt.ema) == names
 

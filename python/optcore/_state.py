@@ -3,19 +3,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from optcore.arrays import check_saved
 from optcore.groups import GROUP_KEYS
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked, is_schedule, plain_number
+from optcore.structure import abridged
 
 if TYPE_CHECKING:
     from optcore.sgd import SGD
 
-# 1 knew no schedule but lr's, which it saved as None; in 2 a group names those it has.
-STATE_VERSION = 2
+# 1 knew no schedule but lr's, which it saved as None; in 2 a group names those it has; 3 has the
+# options that 2 did not know.
+STATE_VERSION = 3
+NEW_IN_3 = ("dampen_first", "flush_subnormals")
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -39,10 +42,24 @@ def schedules_of(saved: Mapping[str, Any]) -> list[str]:
     return schedules
 
 
+def completed(saved: Mapping[str, Any], version: Any) -> dict[str, Any]:
+    """Return a saved group with the defaults of options that its version did not know."""
+    known = {} if version == STATE_VERSION else {key: GROUP_OPTIONS[key] for key in NEW_IN_3}
+    return {**known, **saved}
+
+
+class NotFound(NamedTuple):
+    """What a load by names did not find; see `optcore.SGD.load_state_dict`."""
+
+    missing: list[Any]
+    unexpected: list[Any]
+    groups: list[int]
+
+
 class State:
     """A state read and checked whole, before anything is taken over."""
 
-    def __init__(self, opt: SGD, state_dict: Mapping[str, Any]) -> None:
+    def __init__(self, opt: SGD, state_dict: Mapping[str, Any], by_name: bool = False) -> None:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         for key in ("version", "step_count", "skipped", "param_groups", "state"):
@@ -63,7 +80,12 @@ class State:
                 "state_dict must hold a list 'param_groups' and a mapping 'state', got "
                 f"{type(saved_groups).__name__} and {type(state_dict['state']).__name__}"
             )
-        if len(saved_groups) != len(opt.param_groups):
+        for g, saved in enumerate(saved_groups):
+            if not isinstance(saved, Mapping):
+                raise TypeError(
+                    f"state_dict['param_groups'][{g}] must be a mapping, got {type(saved).__name__}"
+                )
+        if not by_name and len(saved_groups) != len(opt.param_groups):
             raise ValueError(
                 f"state_dict['param_groups'] must hold {len(opt.param_groups)} groups, "
                 f"got {len(saved_groups)}"
@@ -78,40 +100,85 @@ class State:
         self.groups: list[dict[str, Any]] = []
         self.params: list[np.ndarray | None] = []
         self.entries: list[dict[str, Any]] = []
+        saved_groups = [completed(saved, version) for saved in saved_groups]
+        self.not_found = NotFound([], [], [])
+        places = self._places_by_name(saved_groups) if by_name else None
         params = iter(opt._whole_params)
-        for g, (group, saved) in enumerate(zip(opt.param_groups, saved_groups, strict=True)):
-            where = f"state_dict['param_groups'][{g}]"
-            self._read_group(where, group, saved)
-            convert = self._conversion(where, group, saved)
-            for _ in group["params"]:
-                self._read_param(state_dict["state"], next(params), convert)
+        for g, group in enumerate(opt.param_groups):
+            first = len(self.entries)
+            own = range(first, first + len(group["params"]))
+            found = [(g, i) for i in own] if places is None else [places[i] for i in own]
+            origins = {g} if places is None else {place[0] for place in found if place}
+            converts = {}
+            for origin in sorted(origins):
+                where = f"state_dict['param_groups'][{origin}]"
+                options = self._read_group(where, group, saved_groups[origin], own, by_name)
+                converts[origin] = self._conversion(where, group, saved_groups[origin], options)
+            if len(origins) == 1:
+                self.groups.append(options)
+            else:
+                self.groups.append(dict(group))
+                self.not_found.groups.append(g)
+            for place in found:
+                param = next(params)
+                if place is None:
+                    self.params.append(None)
+                    self.entries.append({})
+                else:
+                    self._read_param(state_dict["state"], place[1], param, converts[place[0]])
         unknown = set(state_dict["state"]) - set(range(len(self.entries)))
-        if unknown:
+        if unknown and not by_name:
             raise ValueError(
                 f"state_dict['state'] must hold {len(self.entries)} parameters, "
                 f"got unknown {sorted(unknown, key=repr)!r}"
             )
 
-    def _read_group(self, where: str, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-        if not isinstance(saved, Mapping):
-            raise TypeError(f"{where} must be a mapping, got {type(saved).__name__}")
+    def _places_by_name(self, saved_groups: list[Any]) -> list[tuple[int, int] | None]:
+        """Return of each parameter the saved group and the number under its name; None for none."""
+        places = {}
+        for g, saved in enumerate(saved_groups):
+            names, numbers = saved.get("param_names"), saved.get("params")
+            if names is None or not isinstance(numbers, list) or len(numbers) != len(names):
+                raise ValueError(
+                    f"state_dict['param_groups'][{g}] must name its parameters to be loaded by "
+                    f"name, got param_names={names!r}"
+                )
+            places.update({name: (g, i) for name, i in zip(names, numbers, strict=True)})
+        own = self.opt._names
+        if None in own:
+            raise ValueError(
+                "by_name needs parameters with names: give params as a mapping, or param_names"
+            )
+        found = [places.get(name) for name in own]
+        self.not_found.missing.extend(name for name in own if name not in places)
+        self.not_found.unexpected.extend(name for name in places if name not in own)
+        if not any(found):
+            raise ValueError(
+                f"state_dict must hold some of the parameters {abridged(own)}, "
+                f"got {abridged(places)}"
+            )
+        return found
+
+    def _read_group(
+        self, where: str, group: dict[str, Any], saved: Mapping[str, Any], own: range, by_name: bool
+    ) -> dict[str, Any]:
+        """Return the options that a group takes over, after checking its parameters."""
         missing = [key for key in GROUP_KEYS if key not in saved]
         if missing:
             raise KeyError(f"{where} must have all options, got none named {missing!r}")
-        first = len(self.entries)
-        expected = list(range(first, first + len(group["params"])))
-        if saved["params"] != expected:
+        expected = list(own)
+        if not by_name and saved["params"] != expected:
             raise ValueError(
                 f"{where}['params'] must be {expected!r}, the parameters of this optimizer's "
                 f"group, got {saved['params']!r}"
             )
         names = saved["param_names"]
-        if names is not None and group["param_names"] is not None and (
+        if not by_name and names is not None and group["param_names"] is not None and (
             tuple(names) != group["param_names"]
         ):
             raise ValueError(
-                f"{where}['param_names'] must be {list(group['param_names'])!r}, "
-                f"got {list(names)!r}"
+                f"{where}['param_names'] must be {abridged(group['param_names'])}, "
+                f"got {abridged(names)}: load_state_dict(..., by_name=True) matches by names"
             )
         kept = {key: group[key] for key in ("params", "param_names", "lr_in_velocity")}
         schedules = schedules_of(saved)
@@ -124,17 +191,15 @@ class State:
                     f"got {key}={group[key]!r}"
                 )
             kept[key] = group[key]
-        self.groups.append({
-            **{key: value for key, value in saved.items() if key != "schedules"}, **kept
-        })
+        return {**{key: value for key, value in saved.items() if key != "schedules"}, **kept}
 
     def _conversion(
-        self, where: str, group: dict[str, Any], saved: Mapping[str, Any]
+        self, where: str, group: dict[str, Any], saved: Mapping[str, Any], options: dict[str, Any]
     ) -> Convert | None:
         """Return how to turn the saved velocities into this optimizer's convention, if need be."""
         if bool(saved["lr_in_velocity"]) == bool(group["lr_in_velocity"]):
             return None
-        lr = self.groups[-1]["lr"]
+        lr = options["lr"]
         lr = checked("lr", lr(self.counts[0]) if is_schedule(lr) else lr, f"{where}['lr']")
         if lr == 0:
             raise ValueError(
@@ -162,9 +227,8 @@ class State:
         return convert
 
     def _read_param(
-        self, states: Mapping[Any, Any], param: np.ndarray, convert: Convert | None
+        self, states: Mapping[Any, Any], i: int, param: np.ndarray, convert: Convert | None
     ) -> None:
-        i = len(self.entries)
         if i not in states:
             raise KeyError(
                 f"state_dict['state'] must hold parameter {i} under that integer, "
@@ -173,7 +237,13 @@ class State:
         saved = states[i]
         where = f"state_dict['state'][{i}]"
         entry: dict[str, Any] = {}
-        for key in (*self.opt._state_names, "ema", "first_step"):
+        keys = (*self.opt._state_names, "ema", "first_step")
+        unknown = [key for key in saved if key not in (*keys, "param")]
+        if unknown:
+            raise ValueError(
+                f"{where} must have the keys {list(keys)!r}, got unknown {abridged(unknown)}"
+            )
+        for key in keys:
             if key not in saved:
                 raise KeyError(f"{where} must have a key {key!r}, got {list(saved)!r}")
             if key != "first_step":
@@ -201,11 +271,11 @@ class State:
         """Take it all over, or raise and change nothing."""
         opt = self.opt
         arrays = {
-            key: opt._own_part([entry[key] for entry in self.entries])
+            key: opt._own_part([entry.get(key) for entry in self.entries])
             for key in (*opt._state_names, "ema")
         }
         entries = [
-            {**entry, **{key: parts[i] for key, parts in arrays.items()}}
+            {**entry, **{key: parts[i] for key, parts in arrays.items() if key in entry}}
             for i, entry in enumerate(self.entries)
         ]
         pairs = zip(opt._whole_params, self.params, strict=True)

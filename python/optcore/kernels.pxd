@@ -30,6 +30,7 @@ cdef extern from "optcore.h":
         bint decoupled_weight_decay     # 0
         bint lr_in_velocity             # 0; 1: v = momentum * v - lr * d
         bint first_step                 # 0; 1: with dampening, v starts as d
+        bint flush_subnormals           # 0; 1: states below the smallest normal number become 0
 
     ctypedef struct optcore_api:
         size_t abi_version

@@ -26,9 +26,11 @@ except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without 
 from optcore import checkpoint
 from optcore._arena import LINE
 from optcore._state import State
+from optcore._structure import Group
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import BOUND
 from optcore.sgd import SGD
+from optcore.structure import Nest
 
 __all__ = ["DataParallelSGD", "ShardedSGD"]
 
@@ -336,8 +338,8 @@ class DataParallelSGD(_Distributed):
     if __doc__:
         __doc__ += _PARAMETERS
 
-    def _build(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        super()._build(groups, **options)
+    def _build(self, groups: list[Group], nest: Nest | None, **options: Any) -> None:
+        super()._build(groups, nest, **options)
         params = self._whole_params
         self._lay_flat(params)
         places = {i: flat.whole[at] for flat in self._flats for i, at in flat.places.items()}
@@ -373,14 +375,17 @@ class ShardedSGD(_Distributed):
         __doc__ += _PARAMETERS
 
     def _build(
-        self, groups: list[dict[str, Any]], *, grads: Any, **options: Any
+        self, groups: list[Group], nest: Nest | None, *, grads: Any, velocities: Any, **options: Any
     ) -> None:
+        if velocities is not None:
+            raise TypeError("velocities must be left out: every rank keeps a part of each")
         self._whole = SGD.__new__(SGD)      # without a velocity: it checks and never steps
-        self._whole._build(
-            [{**GROUP_OPTIONS, **{key: group[key] for key in ("params", "param_names")},
-              "lr": 0.0} for group in groups],
-            single=options["single"], by_name=options["by_name"], options={}, grads=grads,
-        )
+        self._whole._build([
+            group._replace(options={
+                **GROUP_OPTIONS, "lr": 0.0,
+                **{key: group.options[key] for key in ("params", "param_names")},
+            }) for group in groups
+        ], nest, options={}, grads=grads)
         params = self._whole_params
         self._lay_flat(params)
         self._sums = [np.zeros(flat.share, flat.whole.dtype) for flat in self._flats]
@@ -390,11 +395,11 @@ class ShardedSGD(_Distributed):
         }
         self._averaged = [averaged[i] for i in range(len(params))]
         parts = iter(self._own_part(params))
-        super()._build(
-            [{**group, "params": tuple(next(parts) for _ in group["params"])}
-             for group in groups],
-            grads=None, **options,
-        )
+        super()._build([
+            Group({**group.options, "params": tuple(next(parts) for _ in group.options["params"])},
+                  None, None, None)
+            for group in groups
+        ], nest, grads=None, **options)
         self._join_squares = functools.partial(_join_squares, self.comm, len(params))
 
     @property

@@ -4,16 +4,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optcore._structure import Group
 from optcore.options import OPTIMIZER_OPTIONS as OPTIMIZER_OPTIONS
+from optcore.structure import Nest
 
 _Array = NDArray[np.float32] | NDArray[np.float64]
-_Grads = _Array | Iterable[_Array | None] | Mapping[Any, _Array | None]
+_Grads = _Array | Iterable[Any] | Mapping[Any, Any]     # arrays, None, and nests of them
 
 BOUND: object
 
 class Plan:
     param_groups: list[dict[str, Any]]
     _join_squares: Callable[[float, list[int]], tuple[float, list[int]]] | None
+    @property
+    def _built(self) -> bool: ...
     @property
     def step_count(self) -> int: ...
     @property
@@ -45,6 +49,7 @@ class Plan:
         self,
         replica_grads: Sequence[_Grads],
         *,
+        weights: Iterable[float] | None = None,
         grad_scale: float = 1.0,
         zero_grad: bool = False,
     ) -> bool: ...
@@ -54,15 +59,20 @@ class Plan:
     def accumulate(self, grads: _Grads) -> None: ...
     def _build(
         self,
-        groups: list[dict[str, Any]],
+        groups: list[Group],
+        nest: Nest | None,
         *,
-        single: bool,
-        by_name: bool,
         options: Mapping[str, Any],
-        grads: _Grads | None,
+        grads: _Grads | None = None,
+        velocities: Any = None,
         rule: str | None = None,
+        given: Any = None,
     ) -> None: ...
-    def _bind(self, grads: _Grads) -> None: ...
+    def _grow(
+        self, groups: list[Group], nests: tuple[Nest | None, Nest | None], grads: Any,
+        velocities: Any,
+    ) -> None: ...
+    def _set_in_groups(self, name: str, value: Any) -> None: ...
     def zero_grad(self) -> None: ...
     @property
     def _state_names(self) -> tuple[str, ...]: ...

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from optcore import checkpoint
-from optcore._state import STATE_VERSION, State, saved_group, schedules_of
-from optcore._structure import given_groups, read_groups
+from optcore._state import STATE_VERSION, NotFound, State, completed, saved_group, schedules_of
+from optcore._structure import given_groups, read_group, read_groups, structure_of
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import Plan
 
@@ -17,15 +17,45 @@ Schedule = Callable[[int], float]
 _Self = TypeVar("_Self", bound="SGD")
 
 
+class GroupOption:
+    """An option of parameter groups as an attribute of the optimizer: read and set over all.
+
+    Reading raises ValueError where the groups have several values. Setting checks the value as
+    an edit of the groups is checked, before any has changed.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learn which option it is."""
+        self._name = name
+
+    def __get__(self, opt: Any, kind: type | None = None) -> Any:
+        """Return the value that all groups have."""
+        if opt is None:
+            return self
+        values = [group[self._name] for group in opt.param_groups]
+        if any(value is not values[0] and value != values[0] for value in values):
+            raise ValueError(
+                f"{self._name} is not the same in all groups, got {values!r}: "
+                f"read opt.param_groups[i][{self._name!r}]"
+            )
+        return values[0]
+
+    def __set__(self, opt: Any, value: Any) -> None:
+        """Set it in all groups."""
+        opt._set_in_groups(self._name, value)
+
+
 class SGD(Plan):
     """SGD, SGD with momentum, or Nesterov momentum, over a whole model in place.
 
     Parameters
     ----------
-    params : array, sequence or mapping of arrays, or list of group dictionaries
+    params : array, sequence, mapping or nest of arrays, or list of group dictionaries
         float32 or float64 arrays of any shape, C- or Fortran-contiguous, updated in place.
         Besides NumPy's: PyTorch's CPU tensors, and whatever lends its memory by DLPack or the
-        buffer protocol, which is kept alive.
+        buffer protocol, which is kept alive. Mappings and sequences nest to any depth; keys and
+        places joined by dots are the parameters' names. Containers are looked at again at each
+        step: another array in the place of a parameter is refused.
         A group dictionary holds ``"params"`` and any of the options below that bear a star,
         as PyTorch's do. Each number with a star may be a schedule instead: a callable that is
         given the count of steps taken so far. A number is Python's or NumPy's, or whatever has
@@ -36,7 +66,8 @@ class SGD(Plan):
     momentum : float in [0, 1), default 0
         ρ*. 0 is plain SGD, without a velocity.
     dampening : float in [0, 1), default 0
-        τ*: ``v = momentum * v + (1 - dampening) * d``, undampened on a parameter's first step.
+        τ*: ``v = momentum * v + (1 - dampening) * d``, undampened on a parameter's first step, as
+        PyTorch has it.
     weight_decay : float >= 0, default 0
         λ*: added to the gradient as λ·param.
     nesterov : bool, default False
@@ -50,6 +81,13 @@ class SGD(Plan):
         ``v = ρ·v - α·d; x = x + v`` (Keras, scikit-learn).
     clip_value : float >= 0, optional
         Clip every element of the scaled gradient to [-clip_value, clip_value]*.
+    dampen_first : bool, default False
+        Dampen a parameter's first step as any other*: with ``dampening = momentum`` the velocity
+        is then the exponential moving average of the gradients, from zero.
+    flush_subnormals : bool, default False
+        After each step, set velocities to 0 where they are below the smallest normal number*.
+        Under zero gradients they would come down to a few subnormal units and stay there, which
+        some CPUs compute slowly.
     max_norm : float >= 0, optional
         Clip by the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``.
         Excludes `clip_value`.
@@ -63,7 +101,11 @@ class SGD(Plan):
         parameters as they are now; see `ema`. A callable is given the count of steps so far.
     grads : in the structure of `params`, optional
         Gradient arrays that stay in place; `step` then needs no argument, which is the
-        fastest way to step.
+        fastest way to step. Another array in the place of one is taken over.
+    velocities : in the structure of `params`, optional
+        Arrays of the caller's to keep the velocities in, with the dtype, shape and order of
+        their parameters; the optimizer owns one where this has None. One that is zero throughout
+        has not started: see `dampening`.
 
     Attributes
     ----------
@@ -75,6 +117,8 @@ class SGD(Plan):
         Steps applied.
     skipped : int
         Steps skipped.
+    lr, momentum, … : float or callable
+        Every option that bears a star: its value in all groups, and to be set in all of them.
 
     Raises
     ------
@@ -87,7 +131,10 @@ class SGD(Plan):
     ``torch.optim.SGD`` gives dampening, weight decay and maximize.
 
     With groups, gradients are given as one flat sequence over all groups in their order, or as
-    one mapping where every group names its parameters.
+    one mapping where the parameters of every group are one.
+
+    Optimizers can be pickled and deep-copied. Together with its arrays, in one pickle or one
+    deepcopy, a copy steps the copied arrays; alone it has copies of its own in `param_groups`.
 
     Examples
     --------
@@ -100,8 +147,23 @@ class SGD(Plan):
     array([-0.5, -0.5], dtype=float32)
     """
 
+    # What is not here cannot be set: an attribute that nobody reads is a mistake.
+    __slots__ = ("__weakref__", "_defaults", "_given", "_groups_read", "_structure")
+
     # The rule of every group; None: the one that `momentum` and `nesterov` say.
     _rule: str | None = None
+
+    lr = GroupOption()
+    momentum = GroupOption()
+    dampening = GroupOption()
+    weight_decay = GroupOption()
+    nesterov = GroupOption()
+    maximize = GroupOption()
+    decoupled_weight_decay = GroupOption()
+    lr_in_velocity = GroupOption()
+    clip_value = GroupOption()
+    dampen_first = GroupOption()
+    flush_subnormals = GroupOption()
 
     def __init__(
         self,
@@ -116,22 +178,102 @@ class SGD(Plan):
         decoupled_weight_decay: bool = False,
         lr_in_velocity: bool = False,
         clip_value: float | Schedule | None = None,
+        dampen_first: bool = False,
+        flush_subnormals: bool = False,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         track_grad_norm: bool = False,
         ema_decay: float | Schedule | None = None,
         grads: Any = None,
+        velocities: Any = None,
     ) -> None:
         given = locals()
-        groups, self._structure = read_groups(params, {name: given[name] for name in GROUP_OPTIONS})
-        self._build(
-            groups,
-            single=self._structure == "array",
-            by_name=self._structure == "mapping",
-            options={name: given[name] for name in OPTIMIZER_OPTIONS},
-            grads=grads,
-            rule=self._rule,
+        self._begin(
+            params, grads, velocities,
+            {name: given[name] for name in GROUP_OPTIONS},
+            {name: given[name] for name in OPTIMIZER_OPTIONS},
         )
+
+    def _begin(
+        self, params: Any, grads: Any, velocities: Any, defaults: dict[str, Any],
+        options: dict[str, Any], now: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Build from what was given; `now` are the groups' options, where they changed since."""
+        if isinstance(params, Iterator):    # which a copy of this optimizer could not read again
+            params = list(params)
+        groups, structure = read_groups(params, defaults)
+        for group, changed in zip(groups, now or (), strict=False):
+            group.options.update(changed)
+        self._build(
+            groups, structure, options=options, grads=grads, velocities=velocities,
+            rule=self._rule, given=params if groups[0].given is not None else None,
+        )
+        self._groups_read, self._structure, self._defaults = groups, structure, defaults
+        if groups[0].given is not None:
+            params = [{**group.given, "params": group.params} for group in groups]
+        self._given = [(params, grads, velocities)]
+
+    def add_param_group(
+        self, param_group: Mapping[str, Any], *, grads: Any = None, velocities: Any = None
+    ) -> None:
+        """Step more parameters, as if they had been given as one more group from the beginning.
+
+        Velocities, averages and counts of the others stay.
+
+        Parameters
+        ----------
+        param_group : mapping
+            ``"params"``, and options where they differ from those given to the constructor.
+        grads : in the structure of ``param_group["params"]``
+            Where gradients are bound, those of the new parameters.
+        velocities : in the structure of ``param_group["params"]``, optional
+            As for the constructor.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As the constructor and `step`. Nothing has changed then.
+        """
+        if not self._built:
+            raise RuntimeError("this optimizer was never built")
+        before = [group._replace(options=options)
+                  for group, options in zip(self._groups_read, self.param_groups, strict=False)]
+        own = read_group(param_group, self._defaults, before)
+        groups = [*before, own]
+        structure = structure_of(groups)
+        self._grow(groups, (structure, own.nest), grads, velocities)
+        self._groups_read, self._structure = groups, structure
+        param_group = {**param_group, "params": own.params}
+        self._given = [*self._given, (param_group, grads, velocities)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to build a copy over the arrays, which are copied along."""
+        copied = self._snapshot()
+        own = ("params", "param_names")
+        state = {
+            "given": self._given,
+            "defaults": self._defaults,
+            "groups": [{key: value for key, value in group.items() if key not in own}
+                       for group in copied["param_groups"]],
+            "copied": {key: copied[key] for key in ("state", "options", "step_count", "skipped")},
+            "own": getattr(self, "__dict__", {}),      # a subclass's
+        }
+        return _unbuilt, (type(self),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build anew and go on from where the copied optimizer was."""
+        (params, grads, velocities), *added = state["given"]
+        copied, groups = state["copied"], state["groups"]
+        self._begin(params, grads, velocities, state["defaults"], copied["options"], groups)
+        for param_group, grads, velocities in added:
+            changed = {**param_group, **groups[len(self.param_groups)]}
+            self.add_param_group(changed, grads=grads, velocities=velocities)
+        self._given = state["given"]
+        self._restore(
+            self.param_groups, copied["state"], {}, (copied["step_count"], copied["skipped"])
+        )
+        for name, value in state["own"].items():
+            setattr(self, name, value)
 
     def __repr__(self) -> str:
         """Return the options of every group, and how many parameters it holds."""
@@ -159,11 +301,7 @@ class SGD(Plan):
 
     def _structured(self, arrays: list[Any]) -> Any:
         """Return one array a parameter in the structure of `params`."""
-        if self._structure == "array":
-            return arrays[0]
-        if self._structure == "mapping":
-            return dict(zip(self._names, arrays, strict=True))
-        return arrays
+        return arrays[0] if self._structure is None else self._structure.arranged(arrays)
 
     @property
     def _names(self) -> list[Any]:
@@ -220,7 +358,7 @@ class SGD(Plan):
             "state": dict(enumerate(copied["state"])),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, by_name: bool = False) -> NotFound:
         """Go on from a state that `state_dict` returned.
 
         Options in the state replace those of the groups, but for two kinds: where the state
@@ -232,14 +370,29 @@ class SGD(Plan):
         ----------
         state_dict : mapping
             Arrays are copied, and must have the dtype and shape of their parameters.
+        by_name : bool, default False
+            Match parameters by their names, whatever their order and groups, not by their places.
+            What is not found stays as it is. A group takes over the options of the saved group
+            that its parameters come from, where that is one.
+
+        Returns
+        -------
+        NotFound
+            ``missing``: names of parameters that the state does not have. ``unexpected``: names in
+            the state that no parameter has. ``groups``: indices of groups whose options stayed,
+            for their parameters come from no saved group or from several. All empty without
+            `by_name`.
 
         Raises
         ------
         KeyError, TypeError, ValueError
             For a state that does not fit, saying where; for a conversion with lr = 0, or one
-            that would overflow. Nothing has changed then.
+            that would overflow; with `by_name` for parameters without names, or where none is
+            found. Nothing has changed then.
         """
-        State(self, state_dict).apply()
+        state = State(self, state_dict, by_name)
+        state.apply()
+        return state.not_found
 
     def save(self, path: str | os.PathLike[str], *, include_params: bool = False) -> None:
         """Write all that a later run needs to go on with the same bits, in safetensors.
@@ -268,7 +421,7 @@ class SGD(Plan):
             contents = {**self.state_dict(), **contents}
         checkpoint.write(path, contents)
 
-    def restore(self, path: str | os.PathLike[str]) -> None:
+    def restore(self, path: str | os.PathLike[str], *, by_name: bool = False) -> NotFound:
         """Go on from a file that `save` wrote, as `load_state_dict` does.
 
         Options of the whole optimizer (`max_norm`, `skip_nonfinite`, `track_grad_norm`,
@@ -282,11 +435,13 @@ class SGD(Plan):
         ImportError, OSError
             Where safetensors is missing, or the file.
         """
-        self._resume(path, checkpoint.read(path))
+        return self._resume(path, checkpoint.read(path), by_name)
 
-    def _resume(self, path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
+    def _resume(
+        self, path: str | os.PathLike[str], contents: Mapping[str, Any], by_name: bool = False
+    ) -> NotFound:
         with checkpoint.refusing(path):
-            self.load_state_dict(contents)
+            return self.load_state_dict(contents, **({"by_name": True} if by_name else {}))
 
     @classmethod
     def load(
@@ -327,7 +482,7 @@ class SGD(Plan):
         if lr is not None:
             schedules["lr"] = lr
         with checkpoint.refusing(path):
-            saved = [{key: group[key] for key in GROUP_OPTIONS}
+            saved = [{key: completed(group, contents["version"])[key] for key in GROUP_OPTIONS}
                      for group in contents["param_groups"]]
             scheduled = [schedules_of(group) for group in contents["param_groups"]]
             options = dict(contents["options"])
@@ -368,3 +523,7 @@ class SGD(Plan):
     def _read(cls, path: str | os.PathLike[str], more: Mapping[str, Any]) -> dict[str, Any]:
         """Read a checkpoint for an optimizer whose constructor will be given `more`."""
         return checkpoint.read(path)
+
+
+def _unbuilt(cls: type[SGD]) -> SGD:
+    return cls.__new__(cls)

@@ -69,6 +69,7 @@ typedef struct optcore_options {
     int decoupled_weight_decay;         /* 0 */
     int lr_in_velocity;                 /* 0; 1: v = momentum * v - lr * d */
     int first_step;                     /* 0; 1: with dampening, v starts as d */
+    int flush_subnormals;               /* 0; 1: states below the smallest normal number become 0 */
 } optcore_options;
 
 /* What import_optcore() fetches. The first four members stay where they are for ever: they are

@@ -1,0 +1,97 @@
+"""The table of checked tensors that a plan steps."""
+from numpy cimport ndarray
+
+from optcore.arrays cimport Label
+from optcore.groups cimport Groups
+from optcore.memory cimport Buffer, Span, Spans
+from optcore.rules cimport Rule
+from optcore.storage cimport Stream
+from optcore.structure cimport Nest, Roots, Watch
+from optcore.sweep cimport Tensor
+
+cdef struct Slot:               # what the table alone knows of a tensor
+    Py_ssize_t group
+    bint first_step             # its states have not started
+    const void *clear           # the gradient last seen to overlap nothing that is written
+    const void *bound           # where its bound gradient is
+
+cdef struct Step:               # of a plan; one that can no longer fail
+    double scale
+    double ema_decay
+    Py_ssize_t n_elements
+    bint zeroing
+    bint has_gradient           # not None for every parameter
+    bint starts                 # a first step is among it
+    bint lacks_states           # a rule has states that are not there yet
+    bint scattered              # a gradient lies otherwise than its parameter
+    const double *weights       # of several gradients; NULL: none
+
+
+cdef class Table:
+    cdef Buffer _table          # of tensors
+    cdef Buffer _sums           # bound gradients, as parameters that accumulate() steps
+    cdef Buffer _slot_memory
+    cdef Buffer _streams        # gradients of this step: tensor by tensor, set by set
+    cdef Buffer _apart          # where the gradients were that were last seen to lie apart
+    cdef Tensor *_tensors
+    cdef Slot *_slots
+    cdef Py_ssize_t _n, _n_apart
+    cdef Spans _written         # parameters and what the optimizer owns
+    cdef Spans _others
+    cdef Groups _groups
+    cdef Rule _rule_given       # of every group; negative: by momentum and nesterov
+    cdef bint _single, _any_float32
+    cdef Nest _nest             # how gradients come; None: as one array
+    cdef Roots _param_roots, _bound_roots, _velocity_roots
+    cdef object _group_list     # of the dictionaries that the groups were made from, and
+    cdef Watch _group_watch     # the watch over it and them
+    cdef tuple _sources         # the user's parameters, of which `_params` are NumPy's views
+    cdef tuple _params, _keys, _bound
+    cdef tuple _lent            # velocities of the caller's, each an array or None
+    cdef Py_ssize_t _velocity   # their place among the states; -1: the rule has none
+    cdef bint _bound_scattered
+    cdef readonly tuple _state_names
+    cdef list _states           # of each name: one array a parameter, or None before they start
+    cdef tuple _averages
+    cdef dict _buffers          # by set and parameter: where scattered gradients are put together
+    cdef list _to_zero          # scattered gradients of this step that become zero after it
+
+    # Laying it
+    cdef list _lay(self, list groups, Nest nest, Rule rule)
+    cdef Label _label(self, const char *what, Py_ssize_t i)
+    cdef Label _owner(self, Py_ssize_t owner)
+    cdef int _list_written(self) except -1
+    cdef int _lend(self, object velocities, Nest nest, Py_ssize_t first) except -1
+    cdef int _start_states(self) except -1
+    cdef tuple _allocated(self, Py_ssize_t first)
+    cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1
+    cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1
+    cdef int _become(self, Table grown) except -1
+
+    # Looking again at what the user keeps
+    cdef int _look_at_params(self) except -1
+    cdef int _look_at_velocities(self) except -1
+    cdef int _look_at_bound(self) except -1
+    cdef int _check_places(self) except -1
+    cdef int _check_kept(self, Py_ssize_t i) except -1
+    cdef int _refuse_moved(
+        self, tuple arrays, Py_ssize_t i, const void *data, const char *what
+    ) except -1
+
+    # Taking gradients
+    cdef tuple _listed(self, object given, Nest nest, str what)
+    cdef int _ready(self, list sets, tuple names, Step *step) except -1
+    cdef int _view(self, list sets, tuple names, bint written) except -1
+    cdef int _take(self, list sets, tuple names, Step *step) except -1
+    cdef int _take_one(
+        self, Py_ssize_t i, Py_ssize_t k, object gradient, tuple names, Step *step, Stream *stream
+    ) except -1
+    cdef int _gather(self, list sets, tuple names, bint written) except -1
+    cdef int _zero_scattered(self) except -1
+    cdef int _refuse_shared(self, tuple names) except -1
+    cdef void _add_other(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept
+    cdef Span _span_like(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept
+    cdef int _bind(self, Roots roots) except -1
+
+
+cdef Rule rule_named(str name) except -2

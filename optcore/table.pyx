@@ -1,0 +1,570 @@
+"""The table of checked tensors that a plan steps, and the gradients of one step.
+
+`Table` is laid once from the user's arrays and owns what they need: states, averages, buffers, and
+the list of all memory that a step writes. It looks again at the containers and the places of
+arrays, which may have changed since, and points every tensor at its gradients. `Plan` alone
+uses it.
+"""
+from cpython.object cimport PyObject
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from numpy cimport PyArray_CopyInto, PyArray_DATA, PyArray_SIZE, import_array
+
+from optcore.arrays cimport (
+    as_ndarray,
+    check_but_layout,
+    check_param,
+    fits,
+    is_unmoved,
+    refuse_misfit,
+    spell,
+    storage_of,
+)
+from optcore.memory cimport span_at, span_of, span_over, zeroed
+from optcore.options cimport variant_of
+from optcore.rules cimport NESTEROV, N_RULES, RULE_ROWS
+from optcore.storage cimport FLOAT32, arithmetic_of, itemsize_of
+from optcore.sweep cimport one_tensor
+
+import numpy as np
+
+from optcore._arena import allocate_like
+from optcore.arrays import in_one_place, is_array
+
+import_array()
+
+cdef tuple GRADS = (b"grads",)
+
+
+cdef class Table:
+    """Parameters and all that is stepped with them."""
+
+    # Laying it
+
+    cdef list _lay(self, list groups, Nest nest, Rule rule):
+        """Check the parameters, lay out the tables for them; return the groups' dictionaries."""
+        cdef Py_ssize_t i, g, n = 0
+        cdef ndarray a
+        cdef Watch watch = Watch()
+        arrays, keys, each = [], [], []
+        self._param_roots, self._velocity_roots = Roots("params"), Roots("velocities")
+        self._group_watch = Watch()
+        if self._group_list is not None:
+            self._group_watch.note(self._group_list)
+        for group in groups:
+            each.append(group.options)
+            if group.params is not None:
+                self._param_roots = self._param_roots.grown(group.params, group.nest, len(arrays))
+            if group.given is not None:
+                self._group_watch.note(group.given)
+            arrays += group.options["params"]
+            keys += group.options["param_names"] or [None] * len(group.options["params"])
+        if not arrays:
+            raise ValueError("params must hold at least one array, got none")
+        self._single = nest is None
+        self._nest = nest
+        self._keys = None if all([key is None for key in keys]) else tuple(keys)
+        self._sources = self._param_roots.read(len(arrays), watch)
+        self._param_roots.watch = watch
+        self._params = tuple([
+            check_param(arrays[i], self._label(b"params", i)) for i in range(len(arrays))
+        ])
+        self._n = len(arrays)
+        self._table = zeroed(self._n, sizeof(Tensor))
+        self._tensors = <Tensor *>self._table.at
+        self._slot_memory = zeroed(self._n, sizeof(Slot))
+        self._slots = <Slot *>self._slot_memory.at
+        self._streams = zeroed(self._n, sizeof(Stream))
+        self._apart = Buffer()
+        self._buffers = {}
+        self._written, self._others = Spans(), Spans()
+        self._rule_given = rule
+        self._state_names = states_of(rule)
+        self._states = [None] * len(self._state_names)
+        self._velocity = -1
+        if "velocity" in self._state_names:
+            self._velocity = self._state_names.index("velocity")
+        for group in each:
+            g = len(group["params"])
+            if any([one is not other for one, other
+                    in zip(group["params"], self._params[n : n + g], strict=True)]):
+                group["params"] = self._params[n : n + g]
+            n += g
+        self._groups = Groups([group["params"] for group in each], rule)
+        i = 0
+        for g, group in enumerate(each):
+            for a in group["params"]:
+                self._slots[i].group = g
+                self._slots[i].first_step = True
+                self._tensors[i] = one_tensor(
+                    PyArray_DATA(a), storage_of(a), PyArray_SIZE(a), NULL,
+                    &self._groups.at[g].scalars
+                )
+                if arithmetic_of(storage_of(a)) == FLOAT32:
+                    self._groups.at[g].has_float32 = self._any_float32 = True
+                else:
+                    self._groups.at[g].has_float64 = True
+                i += 1
+        self._list_written()
+        return each
+
+    cdef Label _label(self, const char *what, Py_ssize_t i):
+        return Label(what, -1 if self._single else i, <PyObject *>self._keys)
+
+    cdef Label _owner(self, Py_ssize_t owner):
+        """The name of memory that a step writes, by its number in `_written`."""
+        if owner < 0:
+            return Label(b"the optimizer's own memory", -1, NULL)
+        if owner < self._n:
+            return self._label(b"params", owner)
+        return self._label(b"velocities", owner - self._n)
+
+    cdef int _list_written(self) except -1:
+        """List the memory a step writes; two arrays in one place are an error."""
+        cdef Py_ssize_t i, k, owner, first, second
+        cdef bint lent
+        self._written.clear(self._n * (len(self._states) + 2))
+        for i in range(self._n):
+            self._written.add(span_of(<ndarray>self._params[i], i))
+            self._slots[i].clear = NULL
+        for k, arrays in enumerate((*self._states, self._averages)):
+            if arrays is not None:
+                lent = self._lent is not None and k == self._velocity
+                for i in range(self._n):
+                    owner = self._n + i if lent and self._lent[i] is not None else -1
+                    self._written.add(span_of(<ndarray>arrays[i], owner))
+        if not self._written.sort(&first, &second):
+            same = "is the same array as" if second < self._n and (
+                self._params[first] is self._params[second]
+            ) else "shares memory with"
+            raise ValueError(f"{spell(self._owner(second))} {same} {spell(self._owner(first))}")
+        return 0
+
+    cdef int _lend(self, object velocities, Nest nest, Py_ssize_t first) except -1:
+        """Step the caller's velocities of the parameters from `first` on."""
+        cdef Py_ssize_t i
+        cdef ndarray a
+        cdef tuple given = self._listed(velocities, nest, "velocities")
+        cdef Watch watch = Watch()
+        if self._velocity < 0 or not any([
+            RULE_ROWS[self._groups.at[i].rule].n_states > 0 for i in range(self._groups.n)
+        ]):
+            raise ValueError("velocities must be left out without momentum, got some")
+        lent = list(self._lent or (None,) * self._n)
+        for i in range(first, self._n):
+            velocity = given[i] if nest is not None else velocities
+            if velocity is None:
+                continue
+            a = as_ndarray(velocity, True, self._label(b"velocities", i))
+            if not fits(a, <ndarray>self._params[i], True):
+                refuse_misfit(a, <ndarray>self._params[i], True, self._label(b"velocities", i))
+            lent[i] = a
+        arrays = self._states[self._velocity] or (None,) * self._n
+        own = allocate_like([self._params[i] for i in range(self._n)
+                             if lent[i] is None and arrays[i] is None])
+        own = iter(own)
+        self._lent = tuple(lent)
+        self._install_state(self._velocity, tuple([
+            lent[i] if lent[i] is not None else arrays[i] if arrays[i] is not None else next(own)
+            for i in range(self._n)
+        ]))
+        for i in range(first, self._n):
+            # one that is zero throughout has not started
+            self._slots[i].first_step = lent[i] is None or not np.any(lent[i])
+        self._velocity_roots.read(self._n, watch)
+        self._velocity_roots.watch = watch
+        return 0
+
+    cdef int _start_states(self) except -1:
+        """Allocate the states of a group's rule as soon as it has some."""
+        cdef Py_ssize_t g, k, n_states = 0
+        for g in range(self._groups.n):
+            n_states = max(n_states, RULE_ROWS[self._groups.at[g].rule].n_states)
+        for k in range(n_states):
+            if self._states[k] is None:
+                self._install_state(k, self._allocated(0))
+        return 0
+
+    cdef tuple _allocated(self, Py_ssize_t first):
+        """Zeros like the parameters from `first` on, which must be what the border took."""
+        self._check_places()
+        return tuple(allocate_like(self._params[first:]))
+
+    cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1:
+        cdef Py_ssize_t i
+        self._states[k] = arrays
+        for i in range(self._n):
+            self._tensors[i].states[k].data = PyArray_DATA(<ndarray>arrays[i])
+        return self._list_written()
+
+    cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1:
+        """Average into these arrays; those from `first` on start at the parameters."""
+        cdef Py_ssize_t i
+        self._averages = averages
+        for i in range(self._n):
+            if i >= first:
+                averages[i][...] = self._params[i]
+            self._tensors[i].ema = PyArray_DATA(<ndarray>averages[i])
+        return self._list_written()
+
+    cdef int _become(self, Table grown) except -1:
+        """Take over the tables of a plan with more parameters; all else stays."""
+        self._table, self._slot_memory = grown._table, grown._slot_memory
+        self._tensors, self._slots = grown._tensors, grown._slots
+        self._streams, self._apart = grown._streams, grown._apart
+        self._sums, self._n, self._n_apart = grown._sums, grown._n, 0
+        self._written, self._others = grown._written, grown._others
+        self._groups = grown._groups
+        self._any_float32, self._single, self._nest = grown._any_float32, grown._single, grown._nest
+        self._param_roots, self._bound_roots = grown._param_roots, grown._bound_roots
+        self._velocity_roots, self._group_watch = grown._velocity_roots, grown._group_watch
+        self._sources, self._params, self._keys = grown._sources, grown._params, grown._keys
+        self._bound, self._bound_scattered = grown._bound, grown._bound_scattered
+        self._lent, self._states, self._averages = grown._lent, grown._states, grown._averages
+        self._buffers = grown._buffers
+        return 0
+
+    # Looking again at what the user keeps
+
+    cdef int _look_at_bound(self) except -1:
+        """Bind what the user's containers hold now, where that is another array."""
+        if self._bound_roots.changed():
+            self._bind(self._bound_roots)
+        return 0
+
+    cdef int _look_at_params(self) except -1:
+        """Refuse another array in the place of a parameter, which nobody would step."""
+        cdef Py_ssize_t i
+        cdef Watch watch
+        if self._group_watch.changed():
+            raise ValueError(
+                "params: the list of group dictionaries that the optimizer was built from was "
+                "edited, which nothing reads: edit opt.param_groups, or call add_param_group()"
+            )
+        if not self._param_roots.changed():
+            return 0
+        watch = Watch()
+        try:
+            now = self._param_roots.read(self._n, watch)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "params must stay as the optimizer was built, which add_param_group() changes: "
+                f"{error}"
+            ) from error
+        for i in range(self._n):
+            if now[i] is not self._sources[i] and not (
+                is_array(now[i]) and in_one_place(now[i], self._params[i])
+            ):
+                raise ValueError(
+                    f"{spell(self._label(b'params', i))} is another array than the optimizer was "
+                    "built with, and steps would be lost on it: write p[...] = new, not p = new, "
+                    "to give a parameter other values"
+                )
+        self._sources = now
+        self._param_roots.watch = watch
+        return 0
+
+    cdef int _look_at_velocities(self) except -1:
+        """Refuse another array in the place of a velocity of the caller's."""
+        cdef Py_ssize_t i
+        cdef Watch watch
+        if self._lent is None or not self._velocity_roots.changed():
+            return 0
+        watch = Watch()
+        now = self._velocity_roots.read(self._n, watch)
+        for i in range(self._n):
+            if (now[i] is None) != (self._lent[i] is None) or (
+                now[i] is not None and not (
+                    is_array(now[i]) and in_one_place(now[i], self._lent[i])
+                )
+            ):
+                raise ValueError(
+                    f"{spell(self._label(b'velocities', i))} is another array than the optimizer "
+                    "was built with: write v[...] = new to give a velocity other values"
+                )
+        self._velocity_roots.watch = watch
+        return 0
+
+    cdef int _check_kept(self, Py_ssize_t i) except -1:
+        """Refuse a velocity of the caller's, or an average, that moved or was made read-only."""
+        cdef const Tensor *t = &self._tensors[i]
+        cdef const void *velocity
+        if self._lent is not None and <object>PyTuple_GET_ITEM(self._lent, i) is not None:
+            velocity = t.states[self._velocity].data
+            if not is_unmoved(
+                <ndarray>PyTuple_GET_ITEM(self._lent, i), velocity, t.size, t.param.storage
+            ):
+                self._refuse_moved(self._lent, i, velocity, b"velocities")
+        if self._averages is not None and not is_unmoved(
+            <ndarray>PyTuple_GET_ITEM(self._averages, i), t.ema, t.size, t.param.storage
+        ):
+            self._refuse_moved(self._averages, i, t.ema, b"ema")
+        return 0
+
+    cdef int _check_places(self) except -1:
+        """Refuse parameters whose memory moved, before anything is sized by them."""
+        cdef Py_ssize_t i
+        cdef const Tensor *t
+        for i in range(self._n):
+            t = &self._tensors[i]
+            if not is_unmoved(
+                <ndarray>PyTuple_GET_ITEM(self._params, i), t.param.data, t.size, t.param.storage
+            ):
+                self._refuse_moved(self._params, i, t.param.data, b"params")
+            self._check_kept(i)
+        return 0
+
+    cdef int _refuse_moved(
+        self, tuple arrays, Py_ssize_t i, const void *data, const char *what
+    ) except -1:
+        a = arrays[i]
+        raise ValueError(
+            f"{spell(self._label(what, i))} must stay in its place, {self._tensors[i].size} "
+            f"contiguous, writeable elements at {<size_t>data:#x}; got {a.size} of {a.dtype} with "
+            f"strides {a.strides}, {'writeable' if a.flags.writeable else 'read-only'}, at "
+            f"{a.ctypes.data:#x}"
+        )
+
+    # Taking gradients
+
+    cdef tuple _listed(self, object given, Nest nest, str what):
+        """What comes in the structure of `params`, in the order of the parameters."""
+        return (given,) if nest is None else nest.listed(given, what, self._n)
+
+    cdef int _ready(self, list sets, tuple names, Step *step) except -1:
+        """Point every tensor at its gradients, which lie as they must then."""
+        self._to_zero = None
+        if sets is not None:
+            self._view(sets, names, step.zeroing)
+        self._take(sets, names, step)
+        if step.scattered:
+            self._gather(sets, names, step.zeroing)
+            self._take(sets, names, step)       # again, for copying may let others run
+        return 0
+
+    cdef int _view(self, list sets, tuple names, bint written) except -1:
+        """Replace gradients of other libraries by NumPy's views, which `sets` then holds."""
+        cdef Py_ssize_t i, k
+        cdef tuple listed
+        for k in range(PyTuple_GET_SIZE(names)):
+            listed = <tuple>sets[k]
+            views = None
+            for i in range(self._n):
+                gradient = <object>PyTuple_GET_ITEM(listed, i)
+                if type(gradient) is not ndarray and gradient is not None:
+                    if views is None:
+                        views = list(listed)
+                    views[i] = as_ndarray(
+                        gradient, written, self._label(<bytes>PyTuple_GET_ITEM(names, k), i)
+                    )
+            if views is not None:
+                sets[k] = tuple(views)
+        return 0
+
+    cdef int _take(self, list sets, tuple names, Step *step) except -1:
+        """Check all memory of a step and point every tensor at its gradients.
+
+        No `sets` means the bound gradients. Nothing here runs code of the user's, and
+        nothing that does may come between this and the sweep.
+        """
+        cdef Py_ssize_t i, k, n_sets = PyTuple_GET_SIZE(names)
+        cdef bint bound = sets is None
+        cdef bint kept = self._lent is not None or self._averages is not None
+        cdef bint has_gradient = False, starts = False, lacks_states = False
+        cdef Py_ssize_t n_elements = 0
+        cdef const double *weights = step.weights
+        cdef bint zeroing = step.zeroing
+        cdef tuple params = self._params
+        cdef Stream *grads
+        cdef Slot *slot
+        cdef Tensor *t
+        cdef Rule rule
+        cdef int n_states
+        step.scattered = False
+        self._streams.grow(self._n * n_sets, sizeof(Stream))
+        grads = <Stream *>self._streams.at
+        for i in range(self._n):
+            t = &self._tensors[i]
+            slot = &self._slots[i]
+            if not is_unmoved(
+                <ndarray>PyTuple_GET_ITEM(params, i), t.param.data, t.size, t.param.storage
+            ):
+                self._refuse_moved(params, i, t.param.data, b"params")
+            if kept:
+                self._check_kept(i)
+            t.grads = grads
+            t.n_grads = <int>n_sets
+            t.weights = weights
+            if bound:
+                grads[0].data = <void *>slot.bound
+                grads[0].storage = t.param.storage
+                if slot.bound != NULL and not is_unmoved(
+                    <ndarray>PyTuple_GET_ITEM(self._bound, i), slot.bound, t.size,
+                    t.param.storage
+                ):
+                    self._refuse_moved(self._bound, i, slot.bound, b"grads")
+            else:
+                for k in range(n_sets):
+                    self._take_one(
+                        i, k, <object>PyTuple_GET_ITEM(<tuple>sets[k], i), names, step, &grads[k]
+                    )
+            if grads[0].data != NULL:
+                has_gradient = True
+                n_elements += t.size
+                rule = self._groups.at[slot.group].rule
+                t.rule = rule
+                t.variant = variant_of(
+                    rule, &self._groups.at[slot.group].options.kernel,
+                    slot.first_step and not self._groups.at[slot.group].options.dampen_first
+                )
+                t.zero_grad = zeroing
+                n_states = RULE_ROWS[rule].n_states
+                if n_states > 0:
+                    starts |= slot.first_step
+                    lacks_states |= t.states[n_states - 1].data == NULL
+            grads += n_sets
+        step.n_elements, step.has_gradient = n_elements, has_gradient
+        step.starts, step.lacks_states = starts, lacks_states
+        if step.zeroing and not bound and not step.scattered:
+            self._refuse_shared(names)
+        return 0
+
+    cdef int _take_one(
+        self, Py_ssize_t i, Py_ssize_t k, object gradient, tuple names, Step *step,
+        Stream *stream
+    ) except -1:
+        cdef ndarray param = <ndarray>PyTuple_GET_ITEM(self._params, i)
+        cdef ndarray a
+        cdef Py_ssize_t owner
+        cdef Span span
+        stream.data = NULL
+        stream.storage = self._tensors[i].param.storage
+        if gradient is not None:
+            a = <ndarray>gradient
+            span = span_of(a, 0)
+            if not fits(a, param, step.zeroing):
+                check_but_layout(a, param, step.zeroing, self._label(names[k], i))
+                step.scattered = True
+                span = span_over(a, 0)
+            stream.data = PyArray_DATA(a)
+            if stream.data != self._slots[i].clear or k > 0 or step.scattered:
+                owner = self._written.owner_over(span)
+                if owner >= -1:
+                    raise ValueError(
+                        f"{spell(self._label(names[k], i))} must not share memory with "
+                        f"{spell(self._owner(owner))}, got overlapping arrays"
+                    )
+                self._slots[i].clear = NULL if k > 0 or step.scattered else stream.data
+        if k > 0 and (stream.data == NULL) != ((stream - k).data == NULL):
+            raise ValueError(
+                f"{spell(self._label(names[k], i))} and its counterpart in {names[0].decode()} "
+                "must both be None or neither"
+            )
+        return 0
+
+    cdef int _refuse_shared(self, tuple names) except -1:
+        """Refuse gradients that share memory where they are written."""
+        cdef Py_ssize_t i, k, first, second, n_sets = PyTuple_GET_SIZE(names)
+        cdef const Stream *grads = <const Stream *>self._streams.at
+        cdef const void **apart
+        cdef bint seen = self._n_apart == self._n * n_sets
+        self._apart.grow(self._n * n_sets, sizeof(void *))
+        apart = <const void **>self._apart.at
+        for i in range(self._n * n_sets):
+            seen = seen and apart[i] == grads[i].data
+        if seen:
+            return 0
+        self._n_apart = 0
+        self._others.clear(self._n * n_sets)
+        for i in range(self._n):
+            for k in range(n_sets):
+                self._add_other(grads[i * n_sets + k].data, i, k * self._n + i)
+        if not self._others.sort(&first, &second):
+            raise ValueError(
+                f"{spell(self._label(names[second // self._n], second % self._n))} must not share "
+                f"memory with {spell(self._label(names[first // self._n], first % self._n))} "
+                "where gradients are written, got overlapping arrays"
+            )
+        for i in range(self._n * n_sets):
+            apart[i] = grads[i].data
+        self._n_apart = self._n * n_sets
+        return 0
+
+    cdef void _add_other(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
+        """List an array as large as parameter i, where there is one."""
+        if data != NULL:
+            self._others.add(self._span_like(data, i, owner))
+
+    cdef Span _span_like(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
+        cdef const Tensor *t = &self._tensors[i]
+        return span_at(data, t.size * itemsize_of(t.param.storage), owner)
+
+    cdef int _gather(self, list sets, tuple names, bint written) except -1:
+        """Copy gradients that lie otherwise than their parameters into buffers kept for them."""
+        cdef Py_ssize_t i, k
+        cdef ndarray param
+        self._to_zero = []
+        for k in range(len(sets)):
+            gathered = list(sets[k])
+            for i in range(self._n):
+                gradient, param = gathered[i], <ndarray>self._params[i]
+                if gradient is None or fits(<ndarray>gradient, param, written):
+                    continue
+                check_but_layout(<ndarray>gradient, param, written, self._label(names[k], i))
+                if (k, i) not in self._buffers:
+                    self._buffers[k, i], = allocate_like((param,))
+                gathered[i] = self._buffers[k, i]
+                PyArray_CopyInto(<ndarray>gathered[i], <ndarray>gradient)
+                if written:
+                    self._to_zero.append(gradient)
+            sets[k] = tuple(gathered)
+        return 0
+
+    cdef int _zero_scattered(self) except -1:
+        """Zero the gradients that a sweep has read from buffers."""
+        cdef list arrays = self._to_zero
+        self._to_zero = None
+        for array in arrays or ():
+            np.ndarray.fill(array, 0)
+        return 0
+
+    cdef int _bind(self, Roots roots) except -1:
+        """Check the gradients that are in the user's containers and keep them."""
+        cdef Py_ssize_t i
+        cdef Step step
+        cdef Watch watch = Watch()
+        cdef list sets = [roots.read(self._n, watch)]
+        step.zeroing = True
+        step.weights = NULL
+        self._view(sets, GRADS, True)
+        self._take(sets, GRADS, &step)
+        sums = zeroed(self._n, sizeof(Tensor))
+        # Nothing from here on can fail
+        self._sums = sums
+        self._bound = sets[0]
+        self._bound_scattered = step.scattered
+        for i in range(self._n):
+            self._slots[i].bound = NULL if self._bound[i] is None or not fits(
+                <ndarray>self._bound[i], <ndarray>self._params[i], True
+            ) else PyArray_DATA(<ndarray>self._bound[i])
+        self._bound_roots = roots
+        roots.watch = watch
+        return 0
+
+
+# Rules by their names
+
+cdef Rule rule_named(str name) except -2:
+    cdef Rule rule
+    if name is None:
+        return -1
+    for rule in range(N_RULES):
+        if RULE_ROWS[rule].name.decode() == name:
+            return rule
+    raise ValueError(f"rule must be one of optcore's, got {name!r}")
+
+
+cdef tuple states_of(Rule rule):
+    """The names of a rule's states; of all that momentum and nesterov choose from, the most."""
+    cdef int k
+    rule = NESTEROV if rule < 0 else rule
+    return tuple([RULE_ROWS[rule].states[k].decode() for k in range(RULE_ROWS[rule].n_states)])
