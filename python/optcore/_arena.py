@@ -15,9 +15,14 @@ def _zeroed(n_bytes: int) -> tuple[np.ndarray, int]:
     """Return zeroed bytes and the offset of their first usable, well-aligned one."""
     if n_bytes >= HUGE_PAGE and hasattr(mmap, "MAP_PRIVATE"):
         # Private: a forked child must not share its parent's velocity.
-        memory = mmap.mmap(
-            -1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        try:
+            memory = mmap.mmap(
+                -1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+        except OSError as error:        # no file is at fault, whatever mmap raises
+            raise MemoryError(
+                f"there is no room for {n_bytes} bytes of the optimizer's own: {error.strerror}"
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
