@@ -1,19 +1,30 @@
 """Checkpoints: the same bits after a resume, and no way to load a wrong or half-written one."""
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import errno
+import itertools
+import json
 import os
+import re
+import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import optcore
+from optcore import checkpoint
 from reference import RULES, same_bits
-
-safetensors = pytest.importorskip("safetensors.numpy")
 
 SHAPES = [(), (7,), (0,), (3, 5), (33, 4)]
 
@@ -204,8 +215,8 @@ def small(tmp_path):
 
 def equal(a, b):
     """Whether two contents are the same to the bit."""
-    texts = [optcore.checkpoint.split(contents) for contents in (a, b)]
-    return optcore.checkpoint.digest(*texts[0]) == optcore.checkpoint.digest(*texts[1])
+    texts = [checkpoint.split(contents) for contents in (a, b)]
+    return checkpoint.digest(*texts[0]) == checkpoint.digest(*texts[1])
 
 
 def refused(opt, path, saved, before):
@@ -247,21 +258,31 @@ def test_random_bit_flips_load_nothing_wrong(tmp_path, rng, checkpoint_counts):
     assert n_refused > 900
 
 
+def whole(header, data=b""):
+    """Return the bytes of a safetensors file."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
 def foreign(path):
     """Yield what a path may hold that is no checkpoint, with words of the complaint."""
     def model(metadata):
-        safetensors.save_file({"weight": np.ones(3, np.float32)}, path, metadata)
+        weight = {"weight": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}
+        path.write_bytes(whole(metadata | weight, bytes(6)))
+
+    def said(**metadata):
+        return lambda: model({"__metadata__": metadata})
 
     yield lambda: path.write_bytes(b""), "not a whole safetensors file"
     yield lambda: path.write_text("epoch 3, loss 0.1\n" * 20), "not a whole safetensors file"
     yield lambda: path.write_bytes((2**40).to_bytes(8, "little") + b"{}"), "header too large"
     yield lambda: path.write_bytes((2**63 + 5).to_bytes(8, "little") + b"{}"), "header"
     yield path.mkdir, "is not a file"
-    yield lambda: model(None), "no optcore checkpoint"
-    yield lambda: model({"format": "pt"}), "no optcore checkpoint"
-    yield lambda: model({"format": "optcore"}), "format version None"
-    yield lambda: model({"format": "optcore", "format_version": "2"}), "format version '2'"
-    yield lambda: model({"format": "optcore", "format_version": "1"}), "SHA-256"
+    yield lambda: model({}), "no optcore checkpoint"
+    yield said(format="pt"), "no optcore checkpoint"
+    yield said(format="optcore"), "format version None"
+    yield said(format="optcore", format_version="2"), "format version '2'"
+    yield said(format="optcore", format_version="1"), "not a whole safetensors file: BF16"
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -277,18 +298,165 @@ def test_foreign_files_are_refused(tmp_path):
         opt.restore(path)
 
 
+def forged(text):
+    """Return a file of no tensors, whose hash is true."""
+    return whole({"__metadata__": {
+        "format": "optcore", "format_version": "1", "optimizer": text,
+        "sha256": checkpoint.digest(text, {}),
+    }})
+
+
 @pytest.mark.parametrize("state", [{"state": 3}, {"state": {"x": {}}}, [], None, {"state": {}}])
 def test_nonsense_with_a_true_hash_is_refused(state, tmp_path):
     _, opt, saved, before = small(tmp_path)
     path = tmp_path / "forged"
-    text = optcore.checkpoint.json.dumps(state)
-    safetensors.save_file({}, path, {
-        "format": "optcore", "format_version": "1", "optimizer": text,
-        "sha256": optcore.checkpoint.digest(text, {}),
-    })
+    path.write_bytes(forged(json.dumps(state)))
     assert refused(opt, path, saved, before)
     with pytest.raises(optcore.CheckpointError):
         optcore.SGD.load(path, {"w": np.ones(3, np.float32)})
+
+
+def replaced(text, key, value):
+    """Put another text in the place of a key's value, a number or a list of one."""
+    changed, n = re.subn(rf'"{key}":(\["?\w*"?\]|[-\w.]+)', lambda _: f'"{key}":{value}', text)
+    assert n == 1
+    return changed
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900, 990, 1000, 100_000])
+def test_deep_json_is_refused(depth, tmp_path):
+    """At every depth: where the parser gives up, and where what shows the value would."""
+    path, opt, saved, before = small(tmp_path)
+    deep = "[" * depth + "]" * depth
+    text, _ = checkpoint.split(opt.state_dict())
+    for forgery in (
+        forged(deep), forged('{"state":{},"param_groups":' + deep + "}"),
+        *(forged(replaced(text, key, deep)) for key in ("param_names", "version", "lr")),
+        whole(deep.encode()), whole(b'{"__metadata__":' + deep.encode() + b"}"),
+    ):
+        path.write_bytes(forgery)
+        assert refused(opt, path, saved, before)
+        with pytest.raises(optcore.CheckpointError):
+            optcore.SGD.load(path, {"w": np.ones(3, np.float32)})
+
+
+@pytest.mark.timeout(60)
+def test_a_shape_that_would_be_multiplied_for_hours_is_refused(tmp_path):
+    path, opt, saved, before = small(tmp_path)
+    path.write_bytes(whole({
+        "__metadata__": {"format": "optcore", "format_version": "1"},
+        "w": {"dtype": "F32", "shape": [10**4000] * 1500, "data_offsets": [0, 0]},
+    }))
+    assert refused(opt, path, saved, before)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 400, "9" * 5000, "1e999", "NaN", "[]"])
+def test_numbers_that_are_none_are_refused(number, tmp_path):
+    opt = optcore.SGD({"w": np.ones(3)}, lr=0.25)
+    before = opt._contents(include_params=True)
+    text, _ = checkpoint.split(opt.state_dict())
+    path = tmp_path / "c"
+    path.write_bytes(forged(text))
+    opt.restore(path)
+    for key in ("lr", "step_count", "version", "weight_decay"):
+        path.write_bytes(forged(replaced(text, key, number)))
+        assert refused(opt, path, None, before)
+
+
+def test_keys_that_come_twice_are_refused(tmp_path):
+    path, opt, saved, before = small(tmp_path)
+    path.write_bytes(forged('{"state":{},"state":{},"param_groups":[]}'))
+    with pytest.raises(optcore.CheckpointError, match="a key comes twice"):
+        opt.restore(path)
+    assert refused(opt, path, saved, before)
+
+
+ENTRY = {"dtype": "F32", "shape": [3], "data_offsets": [12, 24]}
+
+
+@pytest.mark.parametrize("entry", [
+    None, [], 3, {}, {"dtype": "F32"}, {"dtype": "F32", "shape": [3]},
+    *({**ENTRY, "dtype": dtype} for dtype in ("F64", "U99", "", None, ["F32"])),
+    *({**ENTRY, "shape": shape} for shape in (
+        [4], [], [-3], [-1, -3], [3.5], [3.0], ["3"], [None], 3, None, "", {}, [0, 2**70],
+        [2**62, 3], [[3]], [1] * 64 + [3], [3] + [1] * 64, [1 << 4000] * 64,
+    )),
+    *({**ENTRY, "data_offsets": place} for place in (
+        [11, 23], [0, 12], [13, 25], [24, 36], [12, 2**70], [24, 12], [-12, 0], [12], [12, 24, 36],
+        [], None, 12, ["12", "24"],
+    )),
+    {**ENTRY, "shape": [1 << 60], "data_offsets": [12, 12 + (4 << 60)]},    # more than there is
+    # nothing of anything: no bytes, yet no array
+    *({**ENTRY, "shape": shape, "data_offsets": [12, 12]} for shape in (
+        [0, 2**70], [0, 2**62], [0, -1], [0] * 65,
+    )),
+])
+def test_tensors_that_are_described_wrongly_are_refused(entry, tmp_path):
+    """The header is not in the hash. Nothing but a refusal, and no room for what is not there."""
+    path, opt, saved, before = small(tmp_path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    data = content[8 + length :]
+    name = next(name for name in header if header[name].get("data_offsets") == [12, 24])
+    assert header[name] == ENTRY
+    path.write_bytes(whole(header, data))
+    assert not refused(opt, path, saved, before)
+    path.write_bytes(whole({**header, name: entry}, data))
+    assert refused(opt, path, saved, before)
+    path.write_bytes(whole({**header, "more": entry}, data))
+    assert refused(opt, path, saved, before)
+
+
+def test_headers_that_are_none_are_refused(tmp_path):
+    path, opt, saved, before = small(tmp_path)
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    text, data = content[8:end], content[end:]
+    metadata = json.loads(text)["__metadata__"]
+    for header in (
+        b"", b"[]", b"null", b"3", b'"optcore"', b"\xff\xfe", text[:-30], text.rstrip()[:-1],
+        text + text, text.decode().encode("utf-16"), b'{"__metadata__":[]}',
+        b'{"__metadata__":null}', text.replace(b'"__metadata__":', b'"__metadata__":{},"w":', 1),
+        b'{"__metadata__":{},' + text[1:], text.replace(b"ema.0", b"param.0"),
+        {"__metadata__": {**metadata, "optimizer": 3}}, {"__metadata__": {**metadata, "sha256": 3}},
+    ):
+        path.write_bytes(whole(header, data))
+        assert refused(opt, path, saved, before), header
+    for n_bytes, n_there in [(end - 8, end - 9), (end, 3), (checkpoint.MOST_HEADER_BYTES + 1,) * 2]:
+        path.write_bytes(n_bytes.to_bytes(8, "little") + text)
+        os.truncate(path, 8 + n_there)
+        with pytest.raises(optcore.CheckpointError, match="header too large or cut off"):
+            opt.restore(path)
+
+
+def test_name_dtype_and_shape_are_in_the_hash(tmp_path):
+    x = np.arange(6, dtype=np.int32).view(np.float32)
+    variants = [
+        ("text", {"a": x}), ("other", {"a": x}), ("text", {"b": x}), ("text", {"a": x[::-1]}),
+        ("text", {"a": x.reshape(2, 3)}), ("text", {"a": x.reshape(3, 2)}),
+        ("text", {"a": x.reshape(1, 6)}), ("text", {"a": x.view(np.int32)}),
+        ("text", {"a": x.view(np.float64)}), ("text", {"a": x, "b": x[:0]}),
+        ("text", {"a": x[:3], "b": x[3:]}), ("text", {"a": x[:2], "b": x[2:]}), ("text", {}),
+    ]
+    hashes = [checkpoint.digest(*variant) for variant in variants]
+    assert len(set(hashes)) == len(variants)
+    fortran = np.asfortranarray(x.reshape(2, 3))
+    assert checkpoint.digest("text", {"a": fortran}) == hashes[4]
+    assert checkpoint.digest("text", {"a": x.astype(">f4")}) == hashes[0]
+
+    path, opt, *_ = small(tmp_path)
+    content = path.read_bytes()
+    for old, new in [(b'"shape":[3]', b'"shape":[1,3]'), (b"ema.0", b"velocity.0")]:
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = content[8:end]
+        place = header.rindex(b'"__metadata__"'), header.index(b'"sha256"')
+        assert place[0] < place[1]
+        tensors = header[place[1]:].replace(new, b"\0").replace(old, new).replace(b"\0", old)
+        assert tensors != header[place[1]:]
+        path.write_bytes(whole(header[: place[1]] + tensors, content[end:]))
+        with pytest.raises(optcore.CheckpointError, match="SHA-256"):
+            opt.restore(path)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):
@@ -317,38 +485,702 @@ def test_read_only_parameters_are_refused_before_anything_changes(tmp_path):
     assert equal(opt._contents(include_params=True), before)
 
 
-# Writing
+# The format
 
-@pytest.mark.parametrize("failing", ["save_file", "fsync", "replace"])
-def test_failed_save_leaves_the_old_file_and_nothing_else(failing, tmp_path, monkeypatch):
+def test_safetensors_reads_what_is_written(rng, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    opt = optcore.SGD(mixed(rng), lr=0.1, momentum=0.9, ema_decay=0.5)
+    opt.step(mixed(rng))
+    opt.save(tmp_path / "c", include_params=True)
+    state = opt._contents(include_params=True)["state"]
+    with safetensors.safe_open(tmp_path / "c", framework="numpy") as file:
+        assert file.metadata()["format"] == "optcore"
+        names = set(file.keys())
+        for i, key in itertools.product(state, ("param", "velocity", "ema")):
+            assert same_bits(file.get_tensor(f"{key}.{i}"), state[i][key])
+            names.remove(f"{key}.{i}")
+    assert not names
+    content = (tmp_path / "c").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    del header["__metadata__"]
+    for entry in header.values():       # aligned, as whoever maps the file likes it
+        assert (end + entry["data_offsets"][0]) % (int(entry["dtype"][1:]) // 8) == 0
+
+
+def test_what_safetensors_writes_is_read(rng, tmp_path):
+    """Files of its own writer, as earlier versions of optcore used it."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    opt = optcore.SGD(mixed(rng), lr=0.1, momentum=0.9, ema_decay=0.5)
+    opt.step(mixed(rng))
+    text, tensors = checkpoint.split(opt._contents(include_params=True))
+    safetensors.save_file(
+        {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in tensors.items()},
+        tmp_path / "c",
+        {"format": "optcore", "format_version": "1", "optimizer": text,
+         "sha256": checkpoint.digest(text, tensors)},
+    )
+    assert_same_optimizers(opt, optcore.SGD.load(tmp_path / "c", mixed(rng)))
+
+
+def test_arrays_are_not_copied_to_be_written(rng, tmp_path):
+    """Nor twice to be read; those in Fortran's order one at a time."""
+    params = [rng.standard_normal((300, 400)), np.asfortranarray(rng.standard_normal((300, 400)))]
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, ema_decay=0.5)
+    opt.step([p.copy(order="K") for p in params])
+    state = opt._contents(include_params=True)
+    size = params[0].nbytes
+    tracemalloc.start()
+    try:
+        checkpoint.write(tmp_path / "c", state)
+        _, to_write = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        read = checkpoint.read(tmp_path / "c")
+        _, to_read = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert to_write < 1.25 * size
+    assert to_read < 6.25 * size
+    assert same_bits(read["state"][1]["param"], params[1])
+
+
+def test_safetensors_need_not_be_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     path, opt, saved, _ = small(tmp_path)
+    opt.restore(path)
+    assert equal(opt._contents(include_params=True), saved)
 
-    def fail(*args):
-        raise OSError(28, "No space left on device")
 
-    owner = {"save_file": safetensors, "fsync": os, "replace": os}[failing]
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, failing, fail)
-        with pytest.raises(OSError, match="No space left"):
-            opt.save(path)
+def test_a_header_that_no_reader_takes_is_not_written(tmp_path, monkeypatch):
+    path, opt, saved, _ = small(tmp_path)
+    monkeypatch.setattr(checkpoint, "MOST_HEADER_BYTES", 500)
+    with pytest.raises(OSError, match=r"The header has \d+ bytes, of 500 allowed") as raised:
+        opt.save(path, include_params=True)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
+    monkeypatch.undo()
     assert os.listdir(tmp_path) == [path.name]
     opt.restore(path)
     assert equal(opt._contents(include_params=True), saved)
 
 
+# Names and options
+
+class Path8(os.PathLike):
+    """A path that is bytes."""
+
+    def __init__(self, path):
+        self.path = os.fsencode(path)
+
+    def __fspath__(self):
+        return self.path
+
+
+@pytest.mark.parametrize("kind", [str, os.fsencode, Path, Path8, os.path.relpath])
+def test_paths_of_every_kind(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, opt, *_ = small(tmp_path)
+    path.unlink()
+    given = kind(path)
+    opt.save(given)
+    opt.save(given, include_params=True)
+    assert os.listdir(tmp_path) == [path.name]
+    opt.restore(given)
+    loaded = optcore.SGD.load(given, {"w": np.ones(3, np.float32)})
+    assert_same_optimizers(opt, loaded)
+    path.write_text("damaged")
+    with pytest.raises(optcore.CheckpointError, match=f"^{kind(path) if kind is str else ''}"):
+        opt.restore(given)
+
+
+@pytest.mark.parametrize("path", [0, 1, True, None, 1.5, bytearray(b"c"), ["c"]])
+def test_what_is_no_path_is_refused(path, tmp_path):
+    """A number would be a file descriptor, perhaps somebody's."""
+    _, opt, *_ = small(tmp_path)
+    for call in (opt.save, opt.restore, lambda path: optcore.SGD.load(path, np.ones(3))):
+        with pytest.raises(TypeError, match=r"path must be a str, bytes or os\.PathLike, got "):
+            call(path)
+    assert os.listdir(tmp_path) == ["small"]
+
+
+@pytest.mark.parametrize("character", ["x", "ü", "漢"])
+def test_the_longest_name(character, tmp_path):
+    path, opt, *_ = small(tmp_path)
+    path.unlink()
+    most = os.pathconf(tmp_path, "PC_NAME_MAX") if hasattr(os, "pathconf") else 200
+    longest = tmp_path / (character * (most // len(os.fsencode(character))))
+    opt.save(longest, include_params=True)
+    opt.save(longest, include_params=True)
+    assert os.listdir(tmp_path) == [longest.name]
+    opt.restore(longest)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int8, np.uint16, np.float32, np.float64, np.bool_])
+def test_numbers_of_numpy_are_names(number, tmp_path):
+    x = [np.arange(3.0), np.arange(4.0)]
+    names = [number(0), number(0.1 if issubclass(number, np.floating) else 5)]
+    opt = optcore.SGD(dict(zip(names, x, strict=True)), lr=0.1, momentum=0.9)
+    opt.step({name: np.ones_like(a) for name, a in zip(names, x, strict=True)})
+    opt.save(tmp_path / "c", include_params=True)
+    group = checkpoint.read(tmp_path / "c")["param_groups"][0]
+    assert group["param_names"] == names
+    assert {type(name) for name in group["param_names"]} <= {bool, int, float}
+    for given in (names, group["param_names"]):
+        fresh = dict(zip(given, map(np.zeros_like, x), strict=True))
+        assert_same_optimizers(opt, optcore.SGD.load(tmp_path / "c", fresh))
+
+
+def circular():
+    made = []
+    made.append(made)
+    return made
+
+
+def deep(depth):
+    made = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize("value", [
+    ("layer", 1), {1: "one"}, {np.int64(1): "one"}, b"bytes", np.bytes_(b"bytes"), 1j,
+    np.complex64(1), np.longdouble(0.5), np.datetime64("2017-04-25"), np.ones(2), float("nan"),
+    np.float32("nan"), {1, 2}, object(), circular(), deep(100_000),
+], ids=lambda value: type(value).__name__)
+def test_what_json_cannot_hold_is_refused(value, tmp_path):
+    path, opt, *_ = small(tmp_path)
+    before = path.read_bytes()
+    for key, put in [("param_names", [value]), ("note", value), ("note", [[value]])]:
+        state = opt.state_dict()
+        state["param_groups"][0][key] = put
+        with pytest.raises(TypeError, match="must be plain numbers and strings") as raised:
+            checkpoint.write(path, state)
+        assert str(raised.value).startswith(f"param_groups[0]['{key}'] must be")
+        assert len(str(raised.value)) < 500
+        with pytest.raises(TypeError, match=r"^the state must be plain"):
+            checkpoint.write(path, {**opt.state_dict(), "more": put})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
 def test_names_that_json_cannot_hold_are_refused(tmp_path):
     opt = optcore.SGD({("layer", 1): np.ones(3)}, lr=0.1)
-    with pytest.raises(TypeError, match="must be plain numbers and strings"):
+    with pytest.raises(TypeError, match=r"'param_names'\] must be .* got \[\('layer', 1\)\]"):
         opt.save(tmp_path / "c")
     assert not os.listdir(tmp_path)
 
 
-def test_missing_safetensors_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    opt = optcore.SGD(np.ones(3), lr=0.1)
-    for call in (opt.save, opt.restore):
-        with pytest.raises(ImportError, match=r"pip install 'optcore\[checkpoint\]'"):
-            call(tmp_path / "c")
+# Saves that fail
+
+def assert_fails(number, opt, path):
+    """The system's error, with its class, its number and the name that was given."""
+    with pytest.raises(OSError, match=r"^\[Errno ") as raised:
+        opt.save(path)
+    error = raised.value
+    assert (error.errno, error.filename, error.filename2) == (number, os.fsdecode(path), None)
+    assert type(error) is type(OSError(number, ""))
+
+
+def assert_kept(path, opt, saved):
+    """The old file is there, and nothing else."""
+    assert os.listdir(path.parent) == [path.name]
+    opt.restore(path)
+    assert equal(opt._contents(include_params=True), saved)
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Let permissions be checked for root too, whom they would not stop."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("needs another user than root")
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)       # version 3, this thread
+    sets = (ctypes.c_uint32 * 6)()                      # effective, permitted, inheritable; again
+    assert libc.capget(header, sets) == 0
+    without = (ctypes.c_uint32 * 6)(*sets)
+    without[0] = without[3] = 0
+    assert libc.capset(header, without) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, sets) == 0
+
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX's permissions")
+
+
+@pytest.mark.parametrize("name", [
+    ("none/c", errno.ENOENT), ("small/c", errno.ENOTDIR), ("small/", errno.ENOTDIR),
+    ("none/", errno.EISDIR), (".", errno.EISDIR), ("..", errno.EISDIR), ("", errno.EISDIR),
+    ("x" * 256, errno.ENAMETOOLONG), ("none/../c", errno.ENOENT),
+], ids=lambda case: case[0][:10])
+def test_names_that_cannot_be_saved_to(name, tmp_path):
+    path, opt, saved, _ = small(tmp_path)
+    name, number = name
+    assert_fails(number, opt, f"{tmp_path}/{name}")
+    assert_fails(number, opt, os.fsencode(f"{tmp_path}/{name}"))
+    assert_kept(path, opt, saved)
+
+
+def test_the_empty_name(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    _, opt, *_ = small(tmp_path)
+    assert_fails(errno.ENOENT, opt, "")
+    assert sorted(os.listdir(tmp_path)) == ["here", "small"]
+    assert not os.listdir(tmp_path / "here")
+
+
+def test_a_file_that_grows_too_large(tmp_path):
+    resource = pytest.importorskip("resource")
+    path, opt, saved, _ = small(tmp_path)
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, most))
+    try:
+        assert_fails(errno.EFBIG, opt, path)
+        assert_fails(errno.EFBIG, opt, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert_kept(path, opt, saved)
+
+
+FULL = """
+    import os, sys
+    import numpy as np
+    import optcore
+
+    for n in (10, 1000, 20_000, 100_000):
+        opt = optcore.SGD(np.ones(n, np.float32), lr=0.1, momentum=0.9)
+        opt.step(np.ones(n, np.float32))
+        try:
+            opt.save("full/c")
+        except OSError as error:
+            print(n, error.errno, error.filename, os.listdir("full"))
+        else:
+            print(n, "saved")
+            os.unlink("full/c")
+"""
+
+
+def test_a_full_disk(tmp_path):
+    """A real one, of 64 KiB, that only a child sees."""
+    (tmp_path / "full").mkdir()
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = "mount -t tmpfs -o size=64k tmpfs full"
+    try:
+        if subprocess.run([*inside, mount], cwd=tmp_path, capture_output=True).returncode != 0:
+            pytest.skip("needs to mount a file system of its own")
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    done = subprocess.run(
+        [*inside, f'{mount} && exec "$@"', "sh", sys.executable, "-c", textwrap.dedent(FULL)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )
+    assert done.stdout.splitlines() == [
+        "10 saved", "1000 saved", f"20000 {errno.ENOSPC} full/c []",
+        f"100000 {errno.ENOSPC} full/c []",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_disk_that_fails(name, tmp_path, monkeypatch):
+    """Errors that a disk gives only when it is broken, as the kernel would raise them."""
+    path, opt, saved, _ = small(tmp_path)
+
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), *args[:1], None, *args[1:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, fail)
+        assert_fails(errno.EIO, opt, path)
+        assert_fails(errno.EIO, opt, tmp_path / "new")
+    assert_kept(path, opt, saved)
+
+
+@needs_posix
+def test_no_permission(tmp_path):
+    path, opt, _, before = small(tmp_path)
+    folder = path.parent
+    with unprivileged():
+        folder.chmod(0o555)
+        try:
+            assert_fails(errno.EACCES, opt, path)
+            assert_fails(errno.EACCES, opt, folder / "new")
+        finally:
+            folder.chmod(0o755)
+        path.chmod(0o444)       # a file that is protected is not replaced either
+        assert_fails(errno.EACCES, opt, path)
+        path.chmod(0o200)
+        for call in (opt.restore, lambda path: optcore.SGD.load(path, np.ones(3))):
+            with pytest.raises(PermissionError) as raised:
+                call(path)
+            assert (raised.value.errno, raised.value.filename) == (errno.EACCES, str(path))
+        assert equal(opt._contents(include_params=True), before)
+        opt.save(path, include_params=True)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o200
+        path.chmod(0o600)
+    assert_kept(path, opt, before)
+
+
+def test_no_file_to_read(tmp_path):
+    _, opt, *_ = small(tmp_path)
+    for name, number in [("none", errno.ENOENT), ("small/c", errno.ENOTDIR), ("", errno.ENOENT)]:
+        missing = f"{tmp_path}/{name}" if name else name
+        for call in (opt.restore, lambda path: optcore.SGD.load(path, np.ones(3))):
+            with pytest.raises(OSError, match=r"^\[Errno ") as raised:
+                call(missing)
+            assert (raised.value.errno, raised.value.filename) == (number, missing)
+            assert type(raised.value) is type(OSError(number, ""))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs /proc")
+def test_a_disk_that_fails_while_it_is_read(tmp_path):
+    """A regular file that opens and cannot be read."""
+    _, opt, _, before = small(tmp_path)
+    with pytest.raises(OSError, match=r"^\[Errno ") as raised:
+        opt.restore("/proc/self/mem")
+    assert (raised.value.errno, raised.value.filename) == (errno.EIO, "/proc/self/mem")
+    assert equal(opt._contents(include_params=True), before)
+
+
+SHORT_OF_MEMORY = """
+    import resource, sys
+    import numpy as np
+    import optcore
+
+    N = 1 << 19     # each array of 2 MiB
+    path = sys.argv[1]
+    ones, twos = np.ones(N, np.float32), np.full(N, 2, np.float32)
+
+    def optimizer():
+        return optcore.SGD(twos.copy(), lr=0.5, momentum=0.5, ema_decay=0.5)
+
+    def contents(opt):
+        state = opt._contents(include_params=True)
+        return [(a is None, b"" if a is None else a.tobytes()) for a in (
+            state["state"][0][key] for key in ("param", "velocity", "ema")
+        )], state["step_count"]
+
+    def size():
+        return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+    calls = {
+        "build": lambda: optcore.SGD(twos, lr=0.5, ema_decay=0.5),
+        "restore": lambda: opt.restore(path),
+        "load": lambda: optcore.SGD.load(path, params),
+        "save": lambda: opt.save(path, include_params=True),
+    }
+    opt = optimizer()
+    before = contents(opt)
+    opt.step(ones)
+    opt.save(path, include_params=True)
+    outcomes = {name: set() for name in calls}
+    for name, call in calls.items():
+        for kib in (0, 8, 64, *range(256, 10_000, 1024), 24_000):
+            opt, params = optimizer(), twos.copy()
+            resource.setrlimit(resource.RLIMIT_AS, (size() + 1024 * kib, -1))
+            try:
+                call()
+                outcomes[name].add("done")
+            except MemoryError:
+                resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+                outcomes[name].add("refused")
+                assert contents(opt) == before
+                assert (params == 2).all()
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert all(len(found) == 2 for found in outcomes.values()), outcomes
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
+def test_too_little_memory(tmp_path):
+    """Wherever it runs out it is MemoryError, the process goes on, and nothing has changed."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHORT_OF_MEMORY), str(tmp_path / "c")],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OPTCORE_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", ["open", "fsync", "replace"])
+def test_an_interrupted_save(name, late, tmp_path, monkeypatch):
+    """Ctrl-C before or after each call: the old file or the new one, and nothing beside it."""
+    path, opt, saved, _ = small(tmp_path)
+    own = getattr(os, name)
+    in_place = False
+
+    def interrupted(*args, **more):
+        nonlocal in_place
+        if late:
+            done = own(*args, **more)
+        in_place = in_place or (late and name == "replace")
+        signal.raise_signal(signal.SIGINT)
+        return done if late else own(*args, **more)
+
+    new = opt._contents(include_params=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.save(path, include_params=True)
+    assert_kept(path, opt, new if in_place else saved)
+
+
+# What is saved to
+
+@needs_posix
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
+def test_modes(umask, tmp_path, monkeypatch):
+    """A new file's is the umask's, a replaced one's stays; nobody may read it meanwhile either."""
+    path, opt, *_ = small(tmp_path)
+    created = []
+    own = os.open
+
+    def spy(name, flags, mode=0o777, **more):
+        descriptor = own(name, flags, mode, **more)
+        if flags & os.O_CREAT:
+            created.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", spy)
+    before = os.umask(umask)
+    try:
+        opt.save(tmp_path / "new")
+        assert created == [0o666 & ~umask]
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o666 & ~umask
+        for mode in (0o600, 0o640, 0o644, 0o664, 0o666, 0o606, 0o755):
+            path.chmod(mode)
+            for _ in range(2):
+                opt.save(path)
+                assert stat.S_IMODE(path.stat().st_mode) == mode
+                assert created.pop() & ~mode == 0
+    finally:
+        os.umask(before)
+
+
+@needs_posix
+def test_owners(tmp_path):
+    """Kept where one may give files away, else the saver's own; the mode stays in any case."""
+    path, opt, *_ = small(tmp_path)
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    os.chown(path, 4321, 1234)
+    path.chmod(0o666)
+    opt.save(path)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (4321, 1234, 0o666)
+    with unprivileged():
+        opt.save(path)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid) == (os.geteuid(), os.getegid())
+    assert stat.S_IMODE(found.st_mode) == 0o666
+
+
+@needs_posix
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("links", [
+    ["{}/store/run"], ["../store/run"], ["other", "../store/run"], ["../store/more", "run"],
+    ["more/../../store/run"], ["folder/run"],
+], ids=str)
+def test_links_are_followed(links, there, tmp_path):
+    """The file they lead to is replaced or made, beside itself; they stay as they are."""
+    for name in ("links", "store", "links/more"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "links/folder").symlink_to("../store")
+    link = made = tmp_path / "links/latest"
+    placed = []
+    for to in links:
+        made.symlink_to(to.format(tmp_path))
+        placed.append((made, os.readlink(made)))
+        made = made.parent / to if to != links[-1] else made
+    target = tmp_path / "store/run"
+    _, opt, *_ = small(tmp_path)
+    if there:
+        target.write_text("old")
+        target.chmod(0o604)
+    before = sorted({*os.listdir(tmp_path / "store"), "run"})
+    with unprivileged():
+        (tmp_path / "links").chmod(0o555)       # no room for a file beside the link
+        try:
+            opt.save(link, include_params=True)
+            opt.save(os.fsencode(link), include_params=True)
+        finally:
+            (tmp_path / "links").chmod(0o755)
+    assert all(os.readlink(made) == to for made, to in placed)
+    assert not target.is_symlink()
+    assert not there or stat.S_IMODE(target.stat().st_mode) == 0o604
+    assert sorted(os.listdir(tmp_path / "store")) == before
+    for path in (link, target):
+        opt.restore(path)
+
+
+@needs_posix
+def test_links_that_lead_nowhere(tmp_path):
+    _, opt, *_ = small(tmp_path)
+    for name, to, number in [
+        ("a", "b", errno.ELOOP), ("b", "a", errno.ELOOP), ("c", "c", errno.ELOOP),
+        ("d", "none/d", errno.ENOENT), ("e", "none/", errno.EISDIR), ("f", ".", errno.EISDIR),
+        ("g", "small/", errno.ENOTDIR),
+    ]:
+        (tmp_path / name).symlink_to(to)
+        before = sorted(os.listdir(tmp_path))
+        if name != "a":
+            assert_fails(number, opt, tmp_path / name)
+        assert sorted(os.listdir(tmp_path)) == before
+        assert os.readlink(tmp_path / name) == to
+    assert_fails(errno.ELOOP, opt, tmp_path / "a")
+
+
+def test_a_link_to_another_file_system(tmp_path):
+    """A rename would not get there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+        except OSError:
+            pytest.skip("needs /dev/shm")
+        if os.stat(folder).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("needs two file systems")
+        path, opt, *_ = small(tmp_path)
+        path.unlink()
+        path.symlink_to(f"{folder}/run")
+        opt.save(path)
+        opt.save(path)
+        assert path.is_symlink()
+        assert os.listdir(folder) == ["run"]
+        opt.restore(f"{folder}/run")
+
+
+def make_socket(path):
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
+        made.bind(str(path))
+
+
+def make_device(path):
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))      # as /dev/null
+    except (OSError, AttributeError):
+        pytest.skip("may not make device nodes")
+
+
+def make_link(path):
+    os.mkfifo(path.parent / "pipe")
+    path.symlink_to("pipe")
+
+
+@needs_posix
+@pytest.mark.timeout(20)        # who opens a pipe waits for the other end
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, make_socket, make_device, make_link])
+def test_what_is_no_file_is_neither_replaced_nor_read(make, tmp_path, monkeypatch):
+    _, opt, saved, before = small(tmp_path)
+    monkeypatch.chdir(tmp_path)     # the name of a socket is short
+    path = Path("special")
+    make(path)
+    for _ in range(2):
+        found, names = os.lstat(path), sorted(os.listdir())
+        assert_fails(errno.EISDIR if make is os.mkdir else errno.EINVAL, opt, path)
+        assert sorted(os.listdir()) == names
+        assert os.lstat(path)[:9] == found[:9]
+        assert refused(opt, path, saved, before)
+        with pytest.raises(optcore.CheckpointError, match="special is not a file"):
+            optcore.SGD.load(path, np.ones(3))
+
+
+# On the disk, and at the same time
+
+@needs_posix
+@pytest.mark.parametrize("kind", ["new", "old", "relative", "link"])
+def test_the_order_of_a_save(kind, tmp_path, monkeypatch):
+    """The whole file is synced, renamed, and then the folder synced that it lies in."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path, opt, *_ = small(folder)
+    given = path
+    if kind == "new":
+        path.unlink()
+    if kind == "relative":
+        monkeypatch.chdir(folder)
+        given = path.name
+    if kind == "link":
+        given = tmp_path / "link"
+        given.symlink_to("folder/small")
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(descriptor):
+        found = os.fstat(descriptor)
+        calls.append(("synced", found.st_ino, 0 if stat.S_ISDIR(found.st_mode) else found.st_size))
+        fsync(descriptor)
+
+    def spy_replace(old, new):
+        calls.append(("renamed", os.stat(old).st_ino, os.path.abspath(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    opt.save(given)
+    found = path.stat()
+    assert calls == [
+        ("synced", found.st_ino, found.st_size), ("renamed", found.st_ino, str(path)),
+        ("synced", folder.stat().st_ino, 0),
+    ]
+
+
+@needs_posix
+@pytest.mark.parametrize("why", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_a_folder_that_cannot_be_synced(why, tmp_path, monkeypatch):
+    """The new file is in place, and that is no failure."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path, opt, _, now = small(folder)
+    asked = []
+    fsync = os.fsync
+
+    def refuse(descriptor):     # as some network file systems
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            asked.append(descriptor)
+            raise OSError(why, os.strerror(why))
+        fsync(descriptor)
+
+    if why == errno.EACCES:     # truly: files may be made, but not listed
+        with unprivileged():
+            folder.chmod(0o333)
+            try:
+                opt.save(path, include_params=True)
+            finally:
+                folder.chmod(0o755)
+    else:
+        monkeypatch.setattr(os, "fsync", refuse)
+        opt.save(path, include_params=True)
+        assert len(asked) == 1
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(asked[0])      # nothing is left open
+    assert_kept(path, opt, now)
+
+
+def test_two_saves_at_once(tmp_path, monkeypatch):
+    """One that begins and ends while another is under way: both files are whole in their turn."""
+    path, slow, *_ = small(tmp_path)
+    fast = optcore.SGD({"w": np.ones(5000)}, lr=0.1, momentum=0.9)
+    fsync = os.fsync
+    between = []
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        fast.save(path, include_params=True)
+        between.append(optcore.SGD.load(path, {"w": np.zeros(5000)}))
+        fsync(descriptor)
+
+    now = slow._contents(include_params=True)
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    slow.save(path, include_params=True)
+    assert_same_optimizers(between[0], fast)
+    assert_kept(path, slow, now)
 
 
 KILLER = """

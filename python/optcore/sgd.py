@@ -1,7 +1,6 @@
 """The optimizer: groups, structure and state around the compiled plan."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -394,7 +393,7 @@ class SGD(Plan):
         state.apply()
         return state.not_found
 
-    def save(self, path: str | os.PathLike[str], *, include_params: bool = False) -> None:
+    def save(self, path: checkpoint.FilePath, *, include_params: bool = False) -> None:
         """Write all that a later run needs to go on with the same bits, in safetensors.
 
         The file is written beside `path`, synced and renamed: whoever is killed meanwhile
@@ -402,26 +401,30 @@ class SGD(Plan):
 
         Parameters
         ----------
-        path : path
-            Its folder must exist.
+        path : str, bytes or os.PathLike
+            Its folder must exist. Links are followed; a file that is replaced keeps its mode
+            and, where possible, its owner.
         include_params : bool, default False
             Save the parameters as well, so that they cannot part from the state; `restore`
             and `load` then write them into the arrays.
 
         Raises
         ------
-        ImportError
-            Where safetensors is missing.
-        OSError, TypeError
-            Where the file cannot be written, or names or options are not plain numbers and
-            strings. The old file stays.
+        OSError
+            With errno and filename, where the file cannot be written, or where `path` is
+            something else than a file that may be written. The old file stays.
+        TypeError
+            For names or options that are not plain numbers and strings, and for a `path` that
+            is none.
+        KeyError, ValueError, RuntimeError
+            As `state_dict`.
         """
         contents = self._contents(include_params)
         if type(self).state_dict is not SGD.state_dict:     # a subclass may have more to keep
             contents = {**self.state_dict(), **contents}
         checkpoint.write(path, contents)
 
-    def restore(self, path: str | os.PathLike[str], *, by_name: bool = False) -> NotFound:
+    def restore(self, path: checkpoint.FilePath, *, by_name: bool = False) -> NotFound:
         """Go on from a file that `save` wrote, as `load_state_dict` does.
 
         Options of the whole optimizer (`max_norm`, `skip_nonfinite`, `track_grad_norm`,
@@ -431,14 +434,17 @@ class SGD(Plan):
         Raises
         ------
         CheckpointError
-            For a file that is damaged, foreign, or does not fit. Nothing has changed then.
-        ImportError, OSError
-            Where safetensors is missing, or the file.
+            For a file that is damaged, foreign, or does not fit, and for what is no file.
+        MemoryError
+            Where there is no room for what the file holds.
+        OSError
+            With errno and filename, where there is nothing, or nothing that may be read. Nothing
+            has changed, whatever was raised.
         """
         return self._resume(path, checkpoint.read(path), by_name)
 
     def _resume(
-        self, path: str | os.PathLike[str], contents: Mapping[str, Any], by_name: bool = False
+        self, path: checkpoint.FilePath, contents: Mapping[str, Any], by_name: bool = False
     ) -> NotFound:
         with checkpoint.refusing(path):
             return self.load_state_dict(contents, **({"by_name": True} if by_name else {}))
@@ -446,7 +452,7 @@ class SGD(Plan):
     @classmethod
     def load(
         cls: type[_Self],
-        path: str | os.PathLike[str],
+        path: checkpoint.FilePath,
         params: Any,
         *,
         lr: Schedule | None = None,
@@ -471,12 +477,13 @@ class SGD(Plan):
         Raises
         ------
         CheckpointError
-            For a file that is damaged, foreign, or does not fit.
+            For a file that is damaged, foreign, or does not fit, and for what is no file.
         ValueError
             For a schedule that is missing, or one given where a number was saved.
-        ImportError, OSError, TypeError
+        MemoryError, OSError, TypeError
             As `restore`, and as the constructor.
         """
+        path = checkpoint.as_text(path)
         contents = cls._read(path, more)
         schedules = {name: more.pop(name) for name in GROUP_OPTIONS if name in more}
         if lr is not None:
@@ -520,7 +527,7 @@ class SGD(Plan):
         return opt
 
     @classmethod
-    def _read(cls, path: str | os.PathLike[str], more: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(cls, path: checkpoint.FilePath, more: Mapping[str, Any]) -> dict[str, Any]:
         """Read a checkpoint for an optimizer whose constructor will be given `more`."""
         return checkpoint.read(path)
 
