@@ -8,6 +8,7 @@ be compared with those of one process whatever order MPI adds in.
 from __future__ import annotations
 
 import copy
+import errno
 import faulthandler
 import functools
 import hashlib
@@ -367,16 +368,75 @@ def what_has_no_meaning_is_refused(comm):
 
 @scenario
 def checkpoints_fail_on_all(comm):
-    pytest.importorskip("safetensors")
+    """With one class, and what it carries, on every rank; rank 0 alone touches the file."""
     folder = Path(comm.bcast(os.environ["OPTCORE_TEST_FOLDER"]))
+    damaged, none = folder / "damaged", folder / "none"
     for cls in classes():
         opt = cls(model(), comm, lr=0.1)
-        path = folder / "damaged"
-        path.write_text("damaged")
+        damaged.write_text("damaged")
         comm.Barrier()
-        assert_all_raise(comm, optcore.CheckpointError, "not a whole", opt.restore, path)
-        assert_all_raise(comm, FileNotFoundError, "none", opt.restore, folder / "none")
-        assert_all_raise(comm, Exception, "none", opt.save, folder / "none" / "path")
+        assert_all_raise(comm, optcore.CheckpointError, "not a whole", opt.restore, damaged)
+        assert_all_raise(comm, optcore.CheckpointError, "is not a file", opt.restore, folder)
+        for call, path, number in [
+            (opt.restore, none, errno.ENOENT), (opt.save, none / "path", errno.ENOENT),
+            (opt.save, damaged / "path", errno.ENOTDIR), (opt.save, folder, errno.EISDIR),
+            (opt.save, folder / ("x" * 300), errno.ENAMETOOLONG),
+        ]:
+            try:
+                call(path)
+                raised = None
+            except OSError as error:
+                raised = type(error), error.errno, error.filename
+            assert set(comm.allgather(raised)) == {(type(OSError(number, "")), number, str(path))}
+        assert_all_raise(comm, TypeError, "path must be", opt.save, 1)
+        odd = cls({("a", 1): np.ones(3)}, comm, lr=0.1)
+        assert_all_raise(comm, TypeError, "plain numbers and strings", odd.save, folder / "new")
+        comm.Barrier()
+        assert not (folder / "new").exists()
+
+
+@scenario
+def a_save_that_one_rank_refuses(comm):
+    """Nobody waits for it, and nothing is written."""
+    path = Path(comm.bcast(os.environ["OPTCORE_TEST_FOLDER"]), "refused")
+    for cls, bad in itertools.product(classes(), range(comm.size)):
+        opt = cls(model(), comm, lr=0.1)
+        if comm.rank == bad:
+            opt.param_groups[0]["lr"] = -1.0
+        assert_all_raise(comm, ValueError, "lr must be", opt.save, path)
+        opt.param_groups[0]["lr"] = 0.1
+        state = {**opt.state_dict(), "step_count": int(comm.rank == bad)}
+        optcore.SGD.load_state_dict(opt, state)     # this rank's alone
+        if comm.size > 1:
+            assert_all_raise(comm, ValueError, "agree, got step", opt.save, path)
+        comm.Barrier()
+        assert not path.exists()
+
+
+@scenario
+def errors_are_of_one_class_on_all(comm):
+    """Or of the nearest that a message makes, where only its own rank can make the error."""
+    from optcore import mpi
+
+    class Own(Exception):   # noqa: N818
+        pass
+
+    def own():
+        raise Own("whole")
+
+    for call, classes_there, words in [
+        (lambda: np.empty(1 << 62, np.uint8), MemoryError, "Unable to allocate"),
+        (lambda: open("/there/is/none"), FileNotFoundError, "/there/is/none"),  # noqa: SIM115
+        (lambda: b"\xff".decode(), UnicodeError, "invalid start byte"),
+        (lambda: {}["w"], KeyError, "w"), (lambda: [][0], IndexError, "out of range"),
+        (lambda: sys.exit("enough"), SystemExit, "enough"), (own, (Own, RuntimeError), "whole"),
+    ]:
+        for bad in range(comm.size):
+            message = assert_all_raise(
+                comm, classes_there, words, mpi._agree, comm,
+                lambda: (call() if comm.rank == bad else None, []),     # noqa: B023
+            )
+            assert (f"refused on rank {bad}: " in message) == (comm.rank != bad)
 
 
 def trained(cls, comm, n_steps, params, opt=None):
@@ -486,7 +546,6 @@ def test_scenario(n, name, mpi_folder):
 
 def test_a_checkpoint_of_four_ranks_goes_on_with_others(tmp_path):
     require_mpi()
-    pytest.importorskip("safetensors")
     for n, what in [(4, "save"), (2, "resume"), (1, "resume"), (3, "resume")]:
         done = run_ranks(n, __file__, what, tmp_path, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr

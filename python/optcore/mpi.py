@@ -7,10 +7,10 @@ its own error, the others one that names the rank, and nobody waits for somebody
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -40,6 +40,21 @@ OWN_ERRORS = ("builtins", checkpoint.__name__)
 T = TypeVar("T")
 
 
+def _retold(failure: BaseException, rank: int) -> BaseException:
+    """Return what other ranks raise: the nearest class to this rank's that a message makes."""
+    refused = f"refused on rank {rank}"
+    if isinstance(failure, OSError) and failure.errno is not None:
+        return OSError(failure.errno, f"{refused}: {failure.strerror}", failure.filename)
+    for kind in type(failure).__mro__:
+        if kind in (Exception, BaseException):
+            break
+        if kind.__module__ in OWN_ERRORS:
+            with contextlib.suppress(TypeError):    # UnicodeDecodeError wants more
+                retold: BaseException = kind(f"{refused}: {failure}")
+                return retold
+    return RuntimeError(f"{refused}: {failure}")
+
+
 def _agree(comm: MPI.Intracomm, check: Callable[[], tuple[T, list[str]]]) -> T:
     """Run `check` on every rank; raise on all of them unless all succeed and say the same.
 
@@ -58,14 +73,12 @@ def _agree(comm: MPI.Intracomm, check: Callable[[], tuple[T, list[str]]]) -> T:
     comm.Allreduce(MPI.IN_PLACE, votes, MPI.MIN)
     if votes[0] and votes[1] == -votes[2]:
         return result
-    kind = type(failure) if type(failure).__module__ in OWN_ERRORS else RuntimeError
-    reports = comm.allgather((None if failure is None else (kind, str(failure)), lines))
+    reports = comm.allgather((None if failure is None else _retold(failure, comm.rank), lines))
     if failure is not None:
         raise failure
-    for rank, (refusal, _) in enumerate(reports):
+    for refusal, _ in reports:
         if refusal is not None:
-            kind, message = refusal
-            raise kind(f"refused on rank {rank}: {message}")
+            raise refusal
     for rank, (_, others) in enumerate(reports):
         for first, other in itertools.zip_longest(reports[0][1], others, fillvalue="nothing"):
             if first != other:
@@ -75,7 +88,7 @@ def _agree(comm: MPI.Intracomm, check: Callable[[], tuple[T, list[str]]]) -> T:
     raise AssertionError("the votes differ, so do the reports")
 
 
-def _read_on_first(comm: MPI.Intracomm, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_on_first(comm: MPI.Intracomm, path: checkpoint.FilePath) -> dict[str, Any]:
     """Read a checkpoint on rank 0 for all: they need no common disk, and see the same file."""
     contents: dict[str, Any] = comm.bcast(
         _agree(comm, lambda: (checkpoint.read(path) if comm.rank == 0 else None, []))
@@ -274,15 +287,20 @@ class _Distributed(SGD):
 
         _agree(self.comm, check).apply()
 
-    def save(self, path: str | os.PathLike[str], *, include_params: bool = False) -> None:
+    def save(self, path: checkpoint.FilePath, *, include_params: bool = False) -> None:
         """Write a checkpoint as `optcore.SGD.save` does, on rank 0. Collective.
 
         Raises
         ------
-        ImportError, OSError, TypeError
-            As there, on all ranks.
+        KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError
+            As there, of one class on all ranks; ValueError also where ranks have taken different
+            numbers of steps. The old file stays.
         """
-        contents = self._contents(include_params)
+        def collect() -> tuple[dict[str, Any], list[str]]:
+            contents = self._contents(include_params)
+            return contents, [f"step {contents['step_count']}"]
+
+        contents = _agree(self.comm, collect)   # before rank 0 replaces an old file
 
         def write() -> tuple[None, list[str]]:
             if self.comm.rank == 0:
@@ -291,18 +309,18 @@ class _Distributed(SGD):
 
         _agree(self.comm, write)
 
-    def restore(self, path: str | os.PathLike[str]) -> None:
+    def restore(self, path: checkpoint.FilePath) -> None:
         """Go on from a checkpoint as `optcore.SGD.restore` does, read by rank 0. Collective.
 
         Raises
         ------
-        CheckpointError, ImportError, OSError
+        CheckpointError, MemoryError, OSError, TypeError
             As there, on all ranks.
         """
         self._resume(path, _read_on_first(self.comm, path))
 
     @classmethod
-    def _read(cls, path: str | os.PathLike[str], more: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(cls, path: checkpoint.FilePath, more: Mapping[str, Any]) -> dict[str, Any]:
         if "comm" not in more:
             raise TypeError(f"{cls.__name__}.load() needs a communicator, comm=")
         return _read_on_first(more["comm"], path)
