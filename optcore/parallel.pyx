@@ -8,6 +8,15 @@ from cython.parallel cimport prange
 from optcore.runtime cimport note_threads, own_time, threads_for, wall_time
 from optcore.sweep cimport CHUNK, sweep_in_use, sweep_t
 
+cdef extern from "<fenv.h>" nogil:
+    ctypedef struct fenv_t:
+        pass
+    const int FE_ALL_EXCEPT
+    int fegetenv(fenv_t *env)
+    int fesetenv(const fenv_t *env)
+    int fetestexcept(int flags)
+    int feraiseexcept(int flags)
+
 cdef enum:
     # A sweep over fewer elements than this is done before another thread could take the GIL
     # and give it back, and a waiting thread may keep it for milliseconds.
@@ -62,27 +71,52 @@ cdef void sweep_share(
     sweep_between(what, tensors, n, begin, end)
 
 
-cdef double sweep_timed(
+# What one share of a sweep leaves behind
+cdef struct Share:
+    double own      # seconds
+    int raised      # floating-point exception flags, the caller's earlier ones among them
+
+
+cdef Share sweep_as_caller(
+    const fenv_t *callers,
     Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, int share, int shares
 ) noexcept nogil:
+    """Sweep over a share with the caller's rounding and flushing, whatever the thread's are.
+
+    A worker has kept the floating-point environment it was born with; the caller's may have been
+    set since, and others share the worker.
+    """
+    cdef Share done
+    cdef fenv_t own
     cdef double begin = own_time()
+    fegetenv(&own)
+    fesetenv(callers)
     sweep_share(what, tensors, n, n_elements, share, shares)
-    return own_time() - begin
+    done.raised = fetestexcept(FE_ALL_EXCEPT)
+    fesetenv(&own)
+    done.own = own_time() - begin
+    return done
 
 
 cdef void sweep_shared(
     Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements
 ) noexcept nogil:
     cdef int shares = threads_for(n_elements)
-    cdef int share
+    cdef int share, raised = 0
     cdef double begin, own = 0
+    cdef fenv_t callers
+    cdef Share done
     if shares == 1:
         sweep_share(what, tensors, n, n_elements, 0, 1)
         return
     begin = wall_time()
+    fegetenv(&callers)
     # As many iterations as threads asked for: should fewer come, they take more than one.
     for share in prange(shares, schedule="static", chunksize=1, num_threads=shares):
-        own += sweep_timed(what, tensors, n, n_elements, share, shares)
+        done = sweep_as_caller(&callers, what, tensors, n, n_elements, share, shares)
+        own += done.own
+        raised |= done.raised
+    feraiseexcept(raised & ~fetestexcept(FE_ALL_EXCEPT))
     note_threads(own, wall_time() - begin)
 
 
