@@ -81,8 +81,34 @@ cdef extern from *:
     #else
       #define OPTCORE_COMPILER "unknown"
     #endif
+    /* What the narrowest loops may use: the compiler's word, whatever flags or wrapper said it. */
+    static const char *OPTCORE_BASELINE = ""
+    #if defined(__x86_64__) || defined(_M_X64)
+      "x86-64"
+    #elif defined(__aarch64__) || defined(_M_ARM64)
+      "aarch64"
+    #else
+      "generic"
+    #endif
+    #if defined(__SSE4_2__)
+      " sse4.2"
+    #endif
+    #if defined(__AVX__)
+      " avx"
+    #endif
+    #if defined(__AVX2__)
+      " avx2"
+    #endif
+    #if defined(__AVX512F__)
+      " avx512"
+    #endif
+    #if defined(__ARM_FEATURE_SVE)
+      " sve"
+    #endif
+    ;
     #ifndef OPTCORE_FLAGS
       #define OPTCORE_FLAGS "unknown"
+      #define OPTCORE_LINK_FLAGS "unknown"
     #endif
     """
     int optcore_cpu_level() nogil
@@ -94,7 +120,9 @@ cdef extern from *:
     int optcore_alone, optcore_penalty
     const long OPTCORE_OPENMP
     const char *OPTCORE_COMPILER
+    const char *OPTCORE_BASELINE
     const char *OPTCORE_FLAGS
+    const char *OPTCORE_LINK_FLAGS
 
 # In the order of their numbers in the kernel table.
 LEVELS = ("baseline", "avx2", "avx512")
@@ -263,7 +291,11 @@ def config():
         "python": sys.version.split()[0],
         "compiler": OPTCORE_COMPILER.decode().strip(),
         "flags": OPTCORE_FLAGS.decode(),
-        "openmp": str(OPTCORE_OPENMP) if OPTCORE_OPENMP else "missing: single-threaded",
+        "link flags": OPTCORE_LINK_FLAGS.decode(),
+        "openmp": str(OPTCORE_OPENMP) if OPTCORE_OPENMP else (
+            "missing: every step runs on one thread (build optcore with a compiler that has OpenMP)"
+        ),
+        "baseline": OPTCORE_BASELINE.decode(),
         "simd built": " ".join(simd_levels_built()),
         "simd available": " ".join(simd_levels_available()),
         "simd used": simd_level_used(),

@@ -10,9 +10,13 @@ architectures have the baseline alone.
 cdef extern from *:
     """
     #include <float.h>
-    #if defined(__FAST_MATH__)
+    #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \\
+        defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \\
+        defined(__NO_SIGNED_ZEROS__) || defined(_M_FP_FAST) || defined(_M_FP_CONTRACT)
       #error "optcore promises IEEE arithmetic bit for bit: build it without -ffast-math"
     #endif
+    /* -fsingle-precision-constant */
+    typedef char optcore_constants_are_double[sizeof(1.0) == sizeof(double) ? 1 : -1];
     #if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
       #error "optcore promises each operation rounded to its own type: build it with SSE arithmetic"
     #endif

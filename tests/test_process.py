@@ -349,8 +349,8 @@ def test_show_config(capsys):
     assert optcore.show_config() is None
     printed = capsys.readouterr().out
     config = optcore.show_config("dicts")
-    for word in ("optcore:", "compiler:", "flags:", "simd built:", "simd available:",
-                 "simd used:", "threads:", "openmp:"):
+    for word in ("optcore:", "compiler:", "flags:", "link flags:", "baseline:", "simd built:",
+                 "simd available:", "simd used:", "threads:", "openmp:"):
         assert word in printed
     assert config["optcore"] == optcore.__version__
     done = subprocess.run([sys.executable, "-m", "optcore"], capture_output=True, text=True,
