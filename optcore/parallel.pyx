@@ -5,7 +5,13 @@ share k goes to thread k in every step, so that what a core has cached it meets 
 """
 from cython.parallel cimport prange
 
-from optcore.runtime cimport note_threads, own_time, threads_for, wall_time
+from optcore.runtime cimport (
+    note_threads,
+    own_time,
+    tell_of_missing_threads,
+    threads_for,
+    wall_time,
+)
 from optcore.sweep cimport CHUNK, sweep_in_use, sweep_t
 
 cdef extern from "<fenv.h>" nogil:
@@ -129,3 +135,4 @@ cdef void sweep_all(
     else:
         with nogil:
             sweep_shared(what, tensors, n, n_elements)
+        tell_of_missing_threads()

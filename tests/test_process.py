@@ -23,7 +23,8 @@ import optcore
 from optcore.runtime import always_threaded
 
 optcore.set_num_threads(2)
-always_threaded(1000).__enter__()
+threaded = always_threaded(1000)     # as long as it is kept
+threaded.__enter__()
 
 def stepped(n=200_000, steps=3):
     x, g = np.ones(n, np.float32), np.full(n, 0.5, np.float32)
@@ -278,6 +279,205 @@ def test_threads_are_really_started():
         check()
         assert len(os.listdir("/proc/self/task")) == before + 1     # there were two
     """)
+
+
+# How many threads there are to use
+
+several = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2
+    or optcore.show_config("dicts")["openmp"].startswith("missing")
+    or "OMP_NUM_THREADS" in os.environ or "OPTCORE_NUM_THREADS" in os.environ,
+    reason="needs OpenMP, and two CPUs on Linux that nothing but the system gives away",
+)
+
+THREADS = """
+optcore.set_num_threads(None)
+
+def started(n=1_000_000):
+    \"\"\"Threads that a step uses, asked of the system in a thread whose pool is new.\"\"\"
+    counts = []
+    def body():
+        before = set(os.listdir("/proc/self/task"))     # some of them ending
+        x = np.ones(n, np.float32)
+        optcore.sgd_step(x, x.copy(), lr=0.1)
+        counts.append(len(set(os.listdir("/proc/self/task")) - before) + 1)
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    return counts[0]
+"""
+
+
+@several
+def test_affinity_is_asked_at_each_step():
+    succeeds(THREADS + textwrap.dedent("""
+        cpus = os.sched_getaffinity(0)
+        at_first = optcore.get_num_threads()
+        assert at_first >= 2 and started() == at_first
+        os.sched_setaffinity(0, {min(cpus)})
+        assert optcore.get_num_threads() == 1 and started() == 1
+        optcore.set_num_threads(2)
+        assert optcore.get_num_threads() == 2 and started() == 2
+        optcore.set_num_threads(None)
+        os.sched_setaffinity(0, cpus)
+        assert optcore.get_num_threads() == at_first and started() == at_first
+    """))
+
+
+@several
+def test_what_openmp_was_told_holds_against_affinity():
+    code = THREADS + textwrap.dedent("""
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        print(optcore.get_num_threads(), started())
+    """)
+    assert succeeds(code).split() == ["1", "1"]
+    assert succeeds(code, OMP_NUM_THREADS="3").split() == ["3", "3"]
+    bound = succeeds(code.replace("os.sched_setaffinity", "print"), OMP_PROC_BIND="true").split()
+    assert bound[-2:] == [str(len(os.sched_getaffinity(0)))] * 2     # not the caller's one place
+
+
+@several
+def test_quota_is_read_again(tmp_path):
+    quota, period, outer = tmp_path / "cpu.cfs_quota_us", tmp_path / "period", tmp_path / "cpu.max"
+    period.write_text("50000\n")
+    outer.write_text("max 100000\n")
+    succeeds(THREADS + textwrap.dedent(f"""
+        from pathlib import Path
+        from optcore.runtime import watch_cpu_quotas
+        quota, outer = Path({str(quota)!r}), Path({str(outer)!r})
+        files = [(quota, {str(period)!r}), (outer, None)]
+        free = optcore.get_num_threads()
+
+        def threads(inside, outside):
+            quota.write_text(inside)
+            outer.write_text(outside)
+            watch_cpu_quotas(files)
+            return optcore.get_num_threads()
+
+        assert threads("50001\\n", "max 100000\\n") == 2      # rounded up
+        assert threads("50000\\n", "max 100000\\n") == 1
+        assert started() == 1
+        assert threads("-1\\n", "max 100000\\n") == free
+        assert threads("-1\\n", "150000 100000\\n") == 2
+        assert threads("-1\\n", "20000 100000\\n") == 1
+        assert threads("10\\n", "x") == 1
+        assert threads("", "0 0") == free
+        watch_cpu_quotas([("/nowhere", None), ("/nowhere", "/nowhere"), (quota, "/nowhere")])
+        assert optcore.get_num_threads() == free
+        assert threads("-1\\n", "150000 100000\\n") == 2
+        outer.write_text("5000 100000\\n")
+        while optcore.get_num_threads() != 1:       # within a second
+            time.sleep(0.02)
+        assert started() == 1
+        optcore.set_num_threads(2)
+        assert optcore.get_num_threads() == 2 and started() == 2
+    """))
+
+
+V1, V2 = "cpu.cfs_quota_us", "cpu.max"
+
+
+@pytest.mark.parametrize(("cgroup", "mount", "files"), [
+    pytest.param("0::/a/b", "/ {top} rw - cgroup2 none rw",
+                 [f"a/b/{V2}", f"a/{V2}"], id="version 2"),
+    pytest.param("3:memory:/a\n2:cpu,cpuacct:/a/b\n0::/", "/ {top} rw - cgroup none rw,cpu,cpuacct",
+                 [f"a/b/{V1}", f"a/{V1}", V1], id="version 1"),
+    pytest.param("2:cpu:/docker/1f/in", "/docker/1f {top} rw - cgroup none rw,cpu",
+                 [f"in/{V1}", V1], id="the mount is of the container's group"),
+    pytest.param("2:cpu:/docker/1f", "/elsewhere {top} rw - cgroup none rw,cpu",
+                 [V1], id="the mount is of another name"),
+    pytest.param("0::/../a", "/ {top} rw - cgroup2 none rw", [], id="outside the namespace"),
+    pytest.param("2:memory:/a", "/ {top} rw - cgroup none rw,memory", [], id="other controllers"),
+])
+def test_where_the_quotas_are(tmp_path, cgroup, mount, files):
+    from optcore._cgroups import cpu_quota_files
+
+    top = tmp_path / "cgroups"
+    for folder in ("a/b", "in"):
+        (top / folder).mkdir(parents=True)
+    for folder in ("", "a", "a/b", "in"):
+        (top / folder / V1).touch()
+        if folder:      # the root has none in version 2
+            (top / folder / V2).touch()
+    (tmp_path / "cgroup").write_text(cgroup + "\n")
+    (tmp_path / "mountinfo").write_text(
+        "1 0 8:1 / / rw shared:1 - ext4 /dev/vda rw\n"
+        f"30 1 0:26 {mount.format(top=top)}\n"
+    )
+    found = cpu_quota_files(str(tmp_path))
+    assert [quota for quota, _ in found] == [top / name for name in files]
+    assert all(period == (None if quota.name == V2 else quota.with_name("cpu.cfs_period_us"))
+               for quota, period in found)
+    assert cpu_quota_files(str(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="knows Linux's limit of threads")
+def test_a_limit_of_threads_is_no_end_of_the_process():
+    """Under RLIMIT_NPROC, which counts all of a user's threads, and spares root."""
+    if optcore.show_config("dicts")["openmp"].startswith("missing"):
+        pytest.skip("built without OpenMP")
+    out = succeeds("""
+        import resource, warnings
+        alone = os.getuid() == 0
+        try:
+            if alone:
+                os.setuid(54321)
+        except PermissionError:
+            print("no other user")
+            sys.exit()
+        tasks = lambda: len(os.listdir("/proc/self/task"))      # no thread ends here
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        limit = lambda n: resource.setrlimit(resource.RLIMIT_NPROC, (n, hard))
+
+        optcore.set_num_threads(7)
+        limit(1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check()
+            check()
+        assert [w.category for w in caught] == [RuntimeWarning], caught
+        assert "no more than 2 threads for a step, the calling one included" in (
+            str(caught[0].message))
+
+        for threads in (3, 1000):
+            try:
+                optcore.set_num_threads(threads)
+            except RuntimeError as error:
+                assert str(error) == (
+                    f"n is {threads}, but the system gives this process no more than 2 threads "
+                    "for a step, the calling one included: raise its limit (ulimit -u, or "
+                    "pids.max of the container) or ask for 2")
+            else:
+                raise AssertionError(threads)
+            assert optcore.get_num_threads() == 7
+        optcore.set_num_threads(2)
+        check()
+
+        if alone:       # the limit counts nobody else: to the last thread
+            for more in (1, 3):
+                before = tasks()
+                limit(before + more)
+                try:
+                    optcore.set_num_threads(9)
+                except RuntimeError as error:
+                    had = int(str(error).rpartition(" ")[2])
+                optcore.set_num_threads(had)
+                check()
+                assert tasks() == before + more
+        print("done")
+    """, OPENBLAS_NUM_THREADS="1")
+    if "no other user" in out:
+        pytest.skip("cannot become another user")
+    assert out.strip() == "done"
+
+
+def test_threads_that_a_build_without_openmp_has_not():
+    if not optcore.show_config("dicts")["openmp"].startswith("missing"):
+        pytest.skip("built with OpenMP")
+    with pytest.warns(RuntimeWarning, match="n is 2, but optcore was built without OpenMP"):
+        optcore.set_num_threads(2)
+    assert optcore.get_num_threads() == 1
+    optcore.set_num_threads(None)
 
 
 # Environment and configuration
