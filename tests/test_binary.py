@@ -107,3 +107,19 @@ def test_docstring_examples():
         finder = doctest.DocTestFinder(recurse=False)
         for case in finder.find(target, target.__name__, globs={"np": np, "optcore": optcore}):
             assert doctest.DocTestRunner().run(case).failed == 0
+
+
+def test_import_analysis_finds_every_module():
+    """What bundles applications reads Python alone; what the compiled modules import, it misses."""
+    from modulefinder import ModuleFinder
+
+    code = "import sys, optcore; print(*(m for m in sys.modules if m.startswith('optcore.')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            check=True).stdout.split()
+    folder = Path(optcore.__file__).parent
+    compiled = [f"optcore.{path.name.split('.')[0]}" for path in folder.iterdir()
+                if path.name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))]
+    assert {"optcore.kernels", "optcore.plan"} <= set(loaded) & set(compiled)
+    finder = ModuleFinder([str(folder.parent)])
+    finder.import_hook("optcore")
+    assert set(loaded) | set(compiled) <= set(finder.modules)

@@ -11,6 +11,22 @@ from optcore.runtime import set_num_threads as set_num_threads
 from optcore.sgd import SGD as SGD
 
 if not TYPE_CHECKING:       # for a checker, the imports say it
+    # What compiled modules import cannot be seen by tools that bundle an application.
+    from optcore import (  # noqa: F401
+        _arena,
+        _cgroups,
+        arrays,
+        functional,
+        groups,
+        kernels,
+        memory,
+        norm,
+        options,
+        parallel,
+        plan,
+        runtime,
+        sweep,
+    )
     __all__ = ["__version__", *[
         name for name, value in list(globals().items())
         if getattr(value, "__module__", "").startswith("optcore.")
