@@ -79,6 +79,7 @@ def test_a_star_brings_the_public_names_alone():
     assert set(names) - {"__builtins__"} == set(optcore.__all__)
     assert {"SGD", "momentum_step", "set_num_threads"} < set(names)
     assert not {"plan", "functional", "TYPE_CHECKING"} & set(names)
+    assert dir(optcore) == sorted(optcore.__all__)
 
 
 def test_numpy_is_the_only_dependency():

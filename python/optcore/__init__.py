@@ -31,3 +31,6 @@ if not TYPE_CHECKING:       # for a checker, the imports say it
         name for name, value in list(globals().items())
         if getattr(value, "__module__", "").startswith("optcore.")
     ]]
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)      # not the modules that make it up
