@@ -153,3 +153,17 @@ def test_every_mark_is_understood(page):
     assert len(re.findall(r"^<!-- (?:no-run|needs|file|run|setup)\b", text, re.MULTILINE)) == (
         sum(bool(match["mark"]) or match["setup"] is not None for match in found)
     )
+
+
+def test_the_demo_reports_every_epoch_where_output_is_no_terminal(tmp_path):
+    for package in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(package, reason=f"the demo needs {package}")
+    command = [sys.executable, ROOT / "examples/digits.py", "--epochs", "2", "--hidden", "8",
+               "--least-accuracy", "0", "--out", tmp_path / "digits.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rule in ("sgd", "momentum", "nesterov"):
+        for epoch in (1, 2):
+            assert f"{rule}, epoch {epoch} of 2: loss" in done.stdout
+    for heading in ("step, µs", "epoch, ms"):
+        assert heading in done.stdout
