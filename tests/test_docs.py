@@ -24,6 +24,8 @@ from pathlib import Path
 
 import pytest
 
+from reference import same_bits
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
@@ -153,6 +155,55 @@ def test_every_mark_is_understood(page):
     assert len(re.findall(r"^<!-- (?:no-run|needs|file|run|setup)\b", text, re.MULTILINE)) == (
         sum(bool(match["mark"]) or match["setup"] is not None for match in found)
     )
+
+
+README_CODE = [piece.code for piece in pieces(ROOT / "README.md") if piece.language == "python"]
+
+
+def run_changed(code, *changes):
+    """Run a snippet with some of its text replaced, and return its names."""
+    for old, new in changes:
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    namespace = {}
+    exec(code, namespace)
+    return namespace
+
+
+def test_the_readme_hides_nothing():
+    assert all(piece.mark is None for piece in pieces(ROOT / "README.md"))
+    assert "<!-- setup" not in (ROOT / "README.md").read_text(encoding="utf-8")
+    found = run_changed("\n".join(README_CODE))["found"]
+    assert (found.missing, found.unexpected) == ([], ["head"])
+
+
+def test_the_first_example_learns(capsys):
+    run_changed(README_CODE[0])
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 4
+    assert 1 < losses[0] < 1.2
+    assert losses[-1] < 0.03
+
+
+def test_the_first_example_learns_alike_with_gradients_that_are_bound_and_rebound():
+    """Every backward pass in NumPy makes new arrays, and many put them where the old ones were."""
+    trained = run_changed(README_CODE[0])
+    grads = "{name: np.zeros_like(p) for name, p in params.items()}"
+    rebound = run_changed(
+        README_CODE[0],
+        ("momentum=0.9)", f"momentum=0.9, grads=(grads := {grads}))"),
+        ("    grads = {", "    new = {"),
+        ("    opt.step(grads)", "    for name in new: grads[name] = new[name]\n    opt.step()"),
+    )
+    for name, p in trained["params"].items():
+        assert same_bits(p, rebound["params"][name])
+
+
+def test_the_second_example_learns_as_the_first():
+    first = run_changed(README_CODE[0], ("range(301)", "range(100)"))
+    second = run_changed(README_CODE[0] + README_CODE[1], ("range(301)", "range(0)"))
+    for name, p in first["params"].items():
+        assert same_bits(p, second["params"][name])
 
 
 def test_the_demo_reports_every_epoch_where_output_is_no_terminal(tmp_path):
