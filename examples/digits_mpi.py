@@ -4,7 +4,8 @@ Every rank takes its share of each batch of examples/digits.py, the optimizer av
 gradients, and one process takes the joined batch: all of them must reach the same accuracy, and
 the ranks the same bits. The velocity that each rank keeps is measured and printed.
 
-Run ``mpiexec -n 2 python examples/digits_mpi.py`` after ``pip install 'optcore[demo,mpi]'``.
+Run ``mpiexec -n 2 python -m mpi4py examples/digits_mpi.py`` after
+``pip install 'optcore[demo,mpi]'``: so a rank that raises ends the others, too.
 """
 from __future__ import annotations
 

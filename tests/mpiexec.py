@@ -26,9 +26,10 @@ def find_mpiexec() -> str | None:
 
 
 def run_ranks(n: int, *arguments: object, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run ``python *arguments`` on `n` ranks."""
+    """Run ``python -m mpi4py *arguments`` on `n` ranks: one that raises ends the others."""
+    command = [find_mpiexec(), "-n", n, sys.executable, "-m", "mpi4py", *arguments]
     return subprocess.run(
-        [str(find_mpiexec()), "-n", str(n), sys.executable, *map(str, arguments)],
+        list(map(str, command)),
         capture_output=True, text=True, timeout=timeout, check=False,
         env={**os.environ, **ENVIRONMENT},
     )

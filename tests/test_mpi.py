@@ -16,6 +16,8 @@ import importlib.util
 import itertools
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 import traceback
@@ -209,6 +211,75 @@ def a_step_is_skipped_by_all(comm):
         assert_ranks_agree(comm, params)
 
 
+def with_small_counts(comm, limit):
+    """The communicator, refusing counts above `limit` as MPI refuses those above a C int."""
+    import mpi4py.MPI as MPI
+
+    def small(name, count):
+        def call(self, *buffers, **options):
+            if count([b for b in buffers if isinstance(b, np.ndarray)]) > limit:
+                raise MPI.Exception(MPI.ERR_ARG)
+            return getattr(MPI.Intracomm, name)(self, *buffers, **options)
+        return call
+
+    def small_pickle(name):
+        def call(self, value, *arguments):
+            longest = comm.allreduce(len(pickle.dumps(value)), MPI.MAX)
+            if longest > 20 * limit:
+                raise MPI.Exception(MPI.ERR_ARG)
+            return getattr(MPI.Intracomm, name)(self, value, *arguments)
+        return call
+
+    methods = {name: small(name, count) for name, count in {
+        "Bcast": lambda arrays: arrays[0].size,
+        "Reduce": lambda arrays: arrays[0].size,
+        "Allreduce": lambda arrays: arrays[0].size,
+        "Reduce_scatter_block": lambda arrays: arrays[1].size,
+        "Allgather": lambda arrays: arrays[0].size // comm.size,
+    }.items()} | {name: small_pickle(name) for name in ("bcast", "allgather")}
+    return type("SmallCounts", (MPI.Intracomm,), methods)(comm)
+
+
+@scenario
+def more_elements_than_one_call_takes(comm):
+    """The same bits in many calls as in one, from building to loading."""
+    from optcore import mpi
+
+    whole = mpi.MAX_COUNT
+    folder = Path(comm.bcast(os.environ["OPTCORE_TEST_FOLDER"]))
+    options = {"lr": 0.1, "momentum": 0.9, "max_norm": 0.5, "ema_decay": 0.75}
+    for cls in classes():
+        results = []
+        for limit in (whole, 50):
+            path = folder / f"{cls.__name__}-{limit}"
+            mpi.MAX_COUNT = limit
+            try:
+                link = comm if limit == whole else with_small_counts(comm, limit)
+                params = model(seed=comm.rank)
+                opt = cls(params, link, **options)
+                for k in range(3):
+                    # sums of three and more that round may depend on their order, which MPI chooses
+                    opt.step(gradients(k, comm.rank, exact=comm.size > 2))
+                if comm.size > 1:
+                    opt.param_groups[0]["lr"] = 0.2 if comm.rank == 1 else 0.1
+                    assert_all_raise(comm, ValueError, "lr=0.2 on rank 1", opt.step,
+                                     gradients(3, comm.rank))
+                    opt.param_groups[0]["lr"] = 0.1
+                arrays = [*params, *opt.ema,
+                          *(entry["velocity"] for entry in opt.state_dict()["state"].values())]
+                if importlib.util.find_spec("safetensors"):
+                    opt.save(path, include_params=True)
+                    loaded = model(seed=5)
+                    again = cls.load(path, loaded, comm=link)
+                    assert again.step_count == 3
+                    arrays += [*loaded, *again.ema]
+                assert_ranks_agree(comm, arrays)
+                results.append(arrays)
+            finally:
+                mpi.MAX_COUNT = whole
+        assert_same(*results)
+
+
 @scenario
 def norm_beyond_the_range_of_squares(comm):
     for cls, size in itertools.product(classes(), [1e-200, 1e200]):
@@ -273,8 +344,16 @@ def disagreements_raise_on_all(comm):
         assert_all_raise(comm, ValueError, "max_norm=1.0 on rank 1", opt.step, grads)
         opt.max_norm = None
         state = opt.state_dict()
-        state["step_count"] = int(odd)
-        assert_all_raise(comm, ValueError, "ranks must agree", opt.load_state_dict, state)
+        ahead = {**state, "step_count": int(odd)}
+        assert_all_raise(comm, ValueError, "ranks must agree", opt.load_state_dict, ahead)
+        # A rank that was loaded behind the others' backs counts other steps than they do.
+        optcore.SGD.load_state_dict(opt, ahead)
+        assert_all_raise(comm, ValueError, "got step 0 on rank 0 and step 1 on rank 1",
+                         opt.step, grads)
+        if cls.__name__ == "ShardedSGD":
+            assert_all_raise(comm, ValueError, "got step 0 on rank 0 and step 1 on rank 1",
+                             opt.state_dict)
+        optcore.SGD.load_state_dict(opt, state)
         assert_same(params, before)
         assert opt.step_count == 0
         opt.step(grads)
@@ -549,6 +628,33 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_others(tmp_path):
     for n, what in [(4, "save"), (2, "resume"), (1, "resume"), (3, "resume")]:
         done = run_ranks(n, __file__, what, tmp_path, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_rank_that_raises_ends_the_others(tmp_path):
+    """As docs/mpi.md says of programs run by ``python -m mpi4py``; without, rank 0 would wait."""
+    require_mpi()
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import numpy as np\n"
+        "from mpi4py import MPI\n"
+        "from optcore.mpi import DataParallelSGD\n"
+        "opt = DataParallelSGD(np.ones(3), MPI.COMM_WORLD, lr=0.1)\n"
+        "if MPI.COMM_WORLD.rank == 1:\n"
+        "    raise OSError('no such batch')\n"
+        "opt.step(np.ones(3))\n"
+    )
+    done = run_ranks(2, program, timeout=60)
+    assert done.returncode
+    assert "OSError: no such batch" in done.stderr
+
+
+def test_documented_commands_end_all_ranks_together():
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("examples/*.py")]
+    commands = [command for page in pages
+                for command in re.findall(r"mpiexec -n .*?\.py", page.read_text(encoding="utf-8"))]
+    assert len(commands) >= 2
+    assert [c for c in commands if " python -m mpi4py " not in c] == []
 
 
 def test_missing_mpi4py_is_named():

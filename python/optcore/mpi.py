@@ -18,6 +18,7 @@ import numpy as np
 
 try:
     from mpi4py import MPI
+    from mpi4py.util import pkl5
 except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without an MPI library
     raise ImportError(
         "optcore.mpi needs mpi4py and an MPI library: pip install 'optcore[mpi]'"
@@ -37,6 +38,10 @@ __all__ = ["DataParallelSGD", "ShardedSGD"]
 # An error of one rank is raised on the others too; elsewhere classes may want other arguments.
 OWN_ERRORS = ("builtins", checkpoint.__name__)
 
+# Elements that one call hands to MPI. Its counts are C ints; half of what those hold, because
+# libraries add counts up in an int themselves.
+MAX_COUNT = 1 << 30
+
 T = TypeVar("T")
 
 
@@ -53,6 +58,17 @@ def _retold(failure: BaseException, rank: int) -> BaseException:
                 retold: BaseException = kind(f"{refused}: {failure}")
                 return retold
     return RuntimeError(f"{refused}: {failure}")
+
+
+def _pieces(flat: np.ndarray) -> list[np.ndarray]:
+    """Cut a flat array into what one call can take."""
+    return [flat[start : start + MAX_COUNT] for start in range(0, flat.size, MAX_COUNT)]
+
+
+def _bcast_object(comm: MPI.Intracomm, value: T) -> T:
+    """Give every rank rank 0's object, of any size: `comm.bcast` ends at 2 GiB."""
+    given: T = pkl5.Intracomm(comm).bcast(value)
+    return given
 
 
 def _agree(comm: MPI.Intracomm, check: Callable[[], tuple[T, list[str]]]) -> T:
@@ -73,27 +89,27 @@ def _agree(comm: MPI.Intracomm, check: Callable[[], tuple[T, list[str]]]) -> T:
     comm.Allreduce(MPI.IN_PLACE, votes, MPI.MIN)
     if votes[0] and votes[1] == -votes[2]:
         return result
-    reports = comm.allgather((None if failure is None else _retold(failure, comm.rank), lines))
+    retold = comm.allgather(None if failure is None else _retold(failure, comm.rank))
     if failure is not None:
         raise failure
-    for refusal, _ in reports:
+    for refusal in retold:
         if refusal is not None:
             raise refusal
-    for rank, (_, others) in enumerate(reports):
-        for first, other in itertools.zip_longest(reports[0][1], others, fillvalue="nothing"):
-            if first != other:
-                raise ValueError(
-                    f"ranks must agree, got {first} on rank 0 and {other} on rank {rank}"
-                )
+    pairs = itertools.zip_longest(_bcast_object(comm, lines), lines, fillvalue="nothing")
+    odd = next(((first, other) for first, other in pairs if first != other), None)
+    for rank, pair in enumerate(comm.allgather(odd)):
+        if pair is not None:
+            raise ValueError(
+                f"ranks must agree, got {pair[0]} on rank 0 and {pair[1]} on rank {rank}"
+            )
     raise AssertionError("the votes differ, so do the reports")
 
 
 def _read_on_first(comm: MPI.Intracomm, path: checkpoint.FilePath) -> dict[str, Any]:
     """Read a checkpoint on rank 0 for all: they need no common disk, and see the same file."""
-    contents: dict[str, Any] = comm.bcast(
-        _agree(comm, lambda: (checkpoint.read(path) if comm.rank == 0 else None, []))
+    return _bcast_object(
+        comm, _agree(comm, lambda: (checkpoint.read(path) if comm.rank == 0 else {}, []))
     )
-    return contents
 
 
 def _flattened(array: np.ndarray, param: np.ndarray) -> np.ndarray:
@@ -121,8 +137,10 @@ class _Flat:
         Where the array of each index lies.
     whole : ndarray
         The buffer that travels.
+    shards : list of ndarray
+        Every rank's part of it.
     shard : ndarray
-        This rank's part of it.
+        This rank's.
     """
 
     def __init__(self, params: list[np.ndarray], dtype: np.dtype, comm: MPI.Intracomm) -> None:
@@ -136,7 +154,8 @@ class _Flat:
         self.share = -(-end // (comm.size * line)) * line
         self.start = comm.rank * self.share
         self.whole = np.zeros(comm.size * self.share, dtype)
-        self.shard = self.whole[self.start : self.start + self.share]
+        self.shards = np.split(self.whole, comm.size)
+        self.shard = self.shards[comm.rank]
 
     def cut(self, i: int) -> tuple[slice, slice]:
         """Return this rank's part of array `i`, often empty, and where in the shard it lies."""
@@ -174,7 +193,8 @@ class _Distributed(SGD):
 
         _agree(comm, build)
         for param in self._whole_params:
-            comm.Bcast(_flattened(param, param))
+            for piece in _pieces(_flattened(param, param)):
+                comm.Bcast(piece)
         own = [param for group in self.param_groups for param in group["params"]]
         for entry, param in zip(self._state, own, strict=True):
             if entry["ema"] is not None:
@@ -372,7 +392,8 @@ class DataParallelSGD(_Distributed):
 
     def _reduce(self) -> None:
         for flat in self._flats:
-            self.comm.Allreduce(MPI.IN_PLACE, flat.whole)
+            for piece in _pieces(flat.whole):
+                self.comm.Allreduce(MPI.IN_PLACE, piece)
 
 
 class ShardedSGD(_Distributed):
@@ -442,7 +463,12 @@ class ShardedSGD(_Distributed):
         for flat in self._flats:
             for i in flat.places:
                 flat.shard[flat.cut(i)[1]] = parts[i]
-            self.comm.Allgather(MPI.IN_PLACE, flat.whole)
+            if flat.whole.size <= MAX_COUNT:
+                self.comm.Allgather(MPI.IN_PLACE, flat.whole)
+            else:       # pieces of the shards lie apart, and no one call takes those
+                for rank, shard in enumerate(flat.shards):
+                    for piece in _pieces(shard):
+                        self.comm.Bcast(piece, root=rank)
             for i, place in flat.places.items():
                 _flattened(into[i], into[i])[...] = flat.whole[place]
         return into
@@ -486,7 +512,12 @@ class ShardedSGD(_Distributed):
 
     def _reduce(self) -> None:
         for flat, sums in zip(self._flats, self._sums, strict=True):
-            self.comm.Reduce_scatter_block(flat.whole, sums)
+            if flat.whole.size <= MAX_COUNT:
+                self.comm.Reduce_scatter_block(flat.whole, sums)
+                continue
+            for rank, shard in enumerate(flat.shards):      # as in _collect
+                for piece, total in zip(_pieces(shard), _pieces(sums), strict=True):
+                    self.comm.Reduce(piece, total if rank == self.comm.rank else None, root=rank)
 
     def _share_params(self) -> None:
         params = self._whole_params
