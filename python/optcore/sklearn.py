@@ -7,6 +7,7 @@ is not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,20 @@ except ImportError as error:
 import numpy as np
 
 from optcore._arena import allocate_like
-from optcore.functional import momentum_step, nesterov_step
+from optcore.sgd import SGD
+
+
+class _Momentum(SGD):
+    _rule = "momentum"
+
+
+class _Nesterov(SGD):
+    _rule = "nesterov"
+
+
+def _is_plain(array: Any) -> bool:
+    """Whether an array is one that optcore steps and whose operators are NumPy's own."""
+    return type(array) is np.ndarray and array.dtype.char in "fd"
 
 
 class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
@@ -35,8 +49,13 @@ class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
 
     The learning rate, its three schedules and the stopping rule are inherited. The same bits
     come out, in float32 and float64; `velocities` are updated in place, where scikit-learn
-    makes new arrays at each step. Gradients of another dtype than their parameters, which
-    ``MLPRegressor`` has for float32 X and float64 y, go scikit-learn's own way.
+    makes new arrays at each step. What optcore does not step is stepped as scikit-learn does
+    it: a rate or a momentum that rounds to 0 in float32, ``momentum=1``, gradients that share
+    memory with parameters, and what NumPy computes in another dtype than the parameter's
+    (gradients in float64, which ``MLPRegressor`` has for float32 X and float64 y, or a
+    ``numpy.float64`` as momentum, of float32 parameters).
+
+    Attributes that nothing reads cannot be set; a subclass declares its own in its class.
 
     Parameters
     ----------
@@ -46,8 +65,8 @@ class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
         The first learning rate.
     lr_schedule : {'constant', 'adaptive', 'invscaling'}, default 'constant'
         How `learning_rate` changes, as scikit-learn documents it.
-    momentum : float in [0, 1), default 0.9
-        ρ. scikit-learn also takes 1, which `update_params` refuses.
+    momentum : float in [0, 1], default 0.9
+        ρ.
     nesterov : bool, default True
         Nesterov momentum.
     power_t : float, default 0.5
@@ -59,7 +78,19 @@ class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
         As it is now.
     velocities : list of numpy.ndarray
         One for each parameter.
+
+    Raises
+    ------
+    AttributeError
+        When an attribute is set that nothing reads.
+    ValueError
+        For another `lr_schedule`.
     """
+
+    # The plan over the arrays of the last step, and these arrays.
+    _plan: SGD | None = None
+    _planned: tuple[Any, ...] = ()
+    _complete = False       # so that no more attributes are taken
 
     def __init__(
         self,
@@ -70,8 +101,37 @@ class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
         nesterov: bool = True,
         power_t: float = 0.5,
     ) -> None:
-        super().__init__([], learning_rate_init, lr_schedule, momentum, nesterov, power_t)
-        self.velocities = allocate_like(params)
+        plain = all(map(_is_plain, params))
+        super().__init__(
+            [] if plain else params, learning_rate_init, lr_schedule, momentum, nesterov, power_t
+        )
+        if plain:
+            self.velocities = allocate_like(params)
+        self._complete = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what nothing would read."""
+        if self._complete and not name.startswith("_") and not hasattr(self, name):
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}, and nothing would read it; it "
+                f"has {', '.join(key for key in vars(self) if not key.startswith('_'))}"
+            )
+        if name == "lr_schedule" and value not in ("constant", "adaptive", "invscaling"):
+            raise ValueError(
+                f"lr_schedule must be 'constant', 'adaptive' or 'invscaling', got {value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the plan, which the next step makes again."""
+        return {key: value for key, value in vars(self).items()
+                if key not in ("_plan", "_planned")}
+
+    def __copy__(self) -> SGDOptimizer:
+        """Return one with velocities of its own, as the next step would give scikit-learn's."""
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__getstate__(), velocities=[v.copy() for v in self.velocities])
+        return new
 
     def update_params(self, params: Sequence[np.ndarray], grads: Sequence[np.ndarray]) -> None:
         """Take one step, in place.
@@ -79,30 +139,79 @@ class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
         Parameters
         ----------
         params, grads : lists of numpy.ndarray
-            In the order of construction. A gradient in another memory order than its
-            parameter's is copied into that.
+            In the order of construction.
 
         Raises
         ------
         TypeError, ValueError
-            As `optcore.momentum_step`; ValueError also for another number of arrays. The
-            parameters before the one at fault have been updated then.
+            For another number of arrays, what is no array, and what scikit-learn's own step
+            refuses. Nothing has changed then.
         """
         if not len(params) == len(grads) == len(self.velocities):
             raise ValueError(
                 f"params and grads must hold {len(self.velocities)} arrays, "
                 f"got {len(params)} and {len(grads)}"
             )
-        if any(not param.dtype == grad.dtype == velocity.dtype for param, grad, velocity
-               in zip(params, grads, self.velocities, strict=True)):
-            super().update_params(params, grads)
-            return
-        step = nesterov_step if self.nesterov else momentum_step
-        for param, grad, velocity in zip(params, grads, self.velocities, strict=True):
-            step(
-                param, np.asarray(grad, order="C" if param.flags.c_contiguous else "F"), velocity,
-                lr=self.learning_rate, momentum=self.momentum, lr_in_velocity=True,
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            if not isinstance(param, np.ndarray):
+                raise TypeError(f"params[{i}] must be a numpy.ndarray, got {type(param).__name__}")
+            if np.shape(grad) != param.shape:
+                _check_shape(param, grad, i)
+        if self._computes_as_optcore(params, grads):
+            try:
+                self._plan_over(params).step(grads)
+                return
+            except (TypeError, ValueError):
+                pass    # optcore does not step it, and has changed nothing
+        self._step_as_theirs(params, grads)
+
+    def _computes_as_optcore(self, params: Sequence[Any], grads: Sequence[Any]) -> bool:
+        """Whether every operation of scikit-learn's is one in the dtype of its parameter."""
+        arrays = zip(params, grads, self.velocities, strict=True)
+        return (
+            type(self)._get_updates is _Theirs._get_updates
+            and all(_is_plain(param) and _is_plain(grad) and _is_plain(velocity)
+                    and param.dtype == grad.dtype == velocity.dtype
+                    for param, grad, velocity in arrays)
+            and all(np.result_type(dtype, self.momentum, self.learning_rate) == dtype
+                    for dtype in {param.dtype for param in params})
+        )
+
+    def _plan_over(self, params: Sequence[np.ndarray]) -> SGD:
+        """Return the plan that steps these arrays with the options as they are now."""
+        rule = _Nesterov if self.nesterov else _Momentum
+        arrays = [*params, *self.velocities]
+        if type(self._plan) is not rule or list(map(id, arrays)) != list(map(id, self._planned)):
+            self._plan = rule(
+                list(params), lr=self.learning_rate, momentum=self.momentum, lr_in_velocity=True,
+                velocities=list(self.velocities),
             )
+            self._planned = tuple(arrays)
+        group = self._plan.param_groups[0]
+        group["lr"], group["momentum"] = self.learning_rate, self.momentum
+        return self._plan
+
+    def _step_as_theirs(self, params: Sequence[np.ndarray], grads: Sequence[np.ndarray]) -> None:
+        velocities, before = self.velocities, [param.copy() for param in params]
+        try:
+            super().update_params(params, grads)
+        except BaseException:
+            self.velocities = velocities
+            for param, value in zip(params, before, strict=True):
+                if param.flags.writeable:
+                    param[...] = value
+            raise
+
+
+def _check_shape(param: np.ndarray, grad: Any, i: int) -> None:
+    """Refuse a gradient that NumPy would not broadcast to its parameter."""
+    try:
+        np.broadcast_to(grad, param.shape)
+    except ValueError:
+        raise ValueError(
+            f"grads[{i}] has shape {np.shape(grad)}; its parameter has {param.shape}: "
+            "give grad.reshape(param.shape)"
+        ) from None
 
 
 _Theirs = _stochastic_optimizers.SGDOptimizer
@@ -185,15 +294,43 @@ def patched() -> Iterator[None]:
                 _multilayer_perceptron.SGDOptimizer = _Theirs
 
 
+@functools.cache
+def _settable(kind: type) -> frozenset[str]:
+    """Return the parameters of all constructors that make an estimator."""
+    return frozenset(
+        name for base in kind.__mro__[:-1] if "__init__" in vars(base)
+        for name in list(inspect.signature(base.__init__).parameters)[1:]   # type: ignore[misc]
+    )
+
+
 class _Patched:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what nothing would read."""
+        # By scikit-learn's convention names begin with _ where private, end with _ where fitted.
+        kind: Any = type(self)
+        if not (name.startswith("_") or name.endswith("_") or hasattr(kind, name)
+                or name in _settable(kind)):
+            raise AttributeError(
+                f"{kind.__name__} has no attribute {name!r}, and nothing would read it: "
+                "get_params() has its parameters"
+            )
+        super().__setattr__(name, value)
+
     def _fit_stochastic(self, *args: Any, **kwargs: Any) -> Any:
         with patched():
             return super()._fit_stochastic(*args, **kwargs)  # type: ignore[misc]
 
 
 class MLPClassifier(_Patched, neural_network.MLPClassifier):  # type: ignore[misc]
-    """scikit-learn's ``MLPClassifier``; ``solver="sgd"`` is `SGDOptimizer`, in any process."""
+    """scikit-learn's ``MLPClassifier``; ``solver="sgd"`` is `SGDOptimizer`, in any process.
+
+    Other solvers are scikit-learn's own. AttributeError is raised when an attribute is set that
+    nothing reads; a subclass declares its own in its class.
+    """
 
 
 class MLPRegressor(_Patched, neural_network.MLPRegressor):  # type: ignore[misc]
-    """scikit-learn's ``MLPRegressor``; ``solver="sgd"`` is `SGDOptimizer`, in any process."""
+    """scikit-learn's ``MLPRegressor``; ``solver="sgd"`` is `SGDOptimizer`, in any process.
+
+    As `MLPClassifier`.
+    """
