@@ -220,9 +220,13 @@ cdef class Plan(Table):
         return [self._bound] if self._bound_scattered else None
 
     cdef Step _prepare(
-        self, list sets, tuple names, object grad_scale, object zero_grad, object weights=None
+        self, list sets, tuple names, object grad_scale, object zero_grad, object weights=None,
+        bint asks=True, bint gathers=True,
     ) except *:
-        """Everything of a step that can fail, in the order that its parts rely on."""
+        """Everything of a step that can fail, in the order that its parts rely on.
+
+        Where it does not ask, options stay at the numbers of the last time it did.
+        """
         cdef Step step
         step.zeroing = flag(zero_grad, "zero_grad")
         step.scale = number(grad_scale, "grad_scale", POSITIVE)
@@ -234,12 +238,15 @@ cdef class Plan(Table):
         self._look_at_params()
         if self._lent is not None:
             self._look_at_velocities()
-        self._read_groups()
-        self._groups.follow(self.step_count)
+        step.ema_decay = self._own.ema_decay
+        if asks:
+            self._read_groups()
+            self._groups.follow(self.step_count)
         if step.scale != 1 and self._any_float32:
             check_rounding(row_named("grad_scale"), step.scale, "grad_scale")
-        step.ema_decay = self._current_ema_decay()
-        self._ready(sets, names, &step)
+        if asks:
+            step.ema_decay = self._current_ema_decay()
+        self._ready(sets, names, &step, gathers)
         if not step.has_gradient:
             raise ValueError("grads must hold at least one array, got None for every parameter")
         if step.lacks_states or (measures(&self._own) and not self._norm.is_prepared()):
@@ -355,6 +362,10 @@ cdef class Plan(Table):
         """
         return self._exclusively(check_step, grads, grad_scale, zero_grad)
 
+    def _step_as_checked(self, grads, grad_scale, double ema_decay):
+        """Take the step that `_check_step` checked, with its numbers: no schedule is asked."""
+        return self._exclusively(take_checked, grads, grad_scale, ema_decay)
+
     def step_replicas(self, replica_grads, *, weights=None, grad_scale=1.0, zero_grad=False):
         """Take one step with the mean of several workers' gradients.
 
@@ -450,6 +461,13 @@ cdef class Plan(Table):
         """Take one group more, the last of `groups`; `nests` are of all together and of its own."""
         self._exclusively(grow, groups, nests, (grads, velocities))
 
+    def _grown(self, list groups, nests, grads, velocities):
+        """Check `_grow` and return what `_take_grown` takes over, for those who agree on it."""
+        return self._exclusively(grown_by, groups, nests, (grads, velocities))
+
+    def _take_grown(self, Plan grown):
+        self._exclusively(take_grown, grown)
+
     def _set_in_groups(self, name, value):
         """Set an option in every group, checked as one."""
         self._exclusively(set_in_groups, name, value)
@@ -478,8 +496,15 @@ cdef object take_step(Plan self, object grads, object grad_scale, object zero_gr
 
 cdef object check_step(Plan self, object grads, object grad_scale, object zero_grad):
     cdef list sets = self._sets_of(grads)
-    cdef Step step = self._prepare(sets, GRADS, grad_scale, zero_grad)
+    cdef Step step = self._prepare(sets, GRADS, grad_scale, zero_grad, None, True, False)
     return (self._bound if sets is None else sets[0]), self._groups.values(), step.ema_decay
+
+
+cdef object take_checked(Plan self, object grads, object grad_scale, object ema_decay):
+    cdef list sets = self._sets_of(grads)
+    cdef Step step = self._prepare(sets, GRADS, grad_scale, False, None, False)
+    step.ema_decay = ema_decay
+    return self._step(&step)
 
 
 cdef object take_replicas(Plan self, object replica_grads, object scaling, object zero_grad):
@@ -590,7 +615,11 @@ cdef object set_in_groups(Plan self, object name, object value, object _):
 
 
 cdef object grow(Plan self, object groups, object nests, object rest):
-    """Build anew with another group, keep what has been, then take over what was built."""
+    take_grown(self, grown_by(self, groups, nests, rest), None, None)
+
+
+cdef object grown_by(Plan self, object groups, object nests, object rest):
+    """Build anew with another group, keeping what has been."""
     cdef Py_ssize_t i, k, n = self._n
     cdef Nest nest, own
     cdef Plan grown
@@ -626,10 +655,14 @@ cdef object grow(Plan self, object groups, object nests, object rest):
     grown._start_states()
     if grads is not None:
         grown._bind(self._bound_roots.grown(grads, own, n))
-    # Nothing from here on can fail
+    return grown
+
+
+cdef object take_grown(Plan self, object grown, object _, object __):
+    """Take over what was built, which cannot fail."""
     self._become(grown)
-    self._norm = grown._norm
-    self.param_groups.append(groups[-1].options)
+    self._norm = (<Plan>grown)._norm
+    self.param_groups.append((<Plan>grown).param_groups[-1])
 
 
 cdef object copy_state(Plan self, object include_params, object _, object __):

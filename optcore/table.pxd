@@ -47,7 +47,7 @@ cdef class Table:
     cdef Watch _group_watch     # the watch over it and them
     cdef tuple _sources         # the user's parameters, of which `_params` are NumPy's views
     cdef tuple _params, _keys, _bound
-    cdef tuple _lent            # velocities of the caller's, each an array or None
+    cdef readonly tuple _lent   # velocities of the caller's, each an array or None
     cdef Py_ssize_t _velocity   # their place among the states; -1: the rule has none
     cdef bint _bound_scattered
     cdef readonly tuple _state_names
@@ -80,7 +80,7 @@ cdef class Table:
 
     # Taking gradients
     cdef tuple _listed(self, object given, Nest nest, str what)
-    cdef int _ready(self, list sets, tuple names, Step *step) except -1
+    cdef int _ready(self, list sets, tuple names, Step *step, bint gathers=*) except -1
     cdef int _view(self, list sets, tuple names, bint written) except -1
     cdef int _take(self, list sets, tuple names, Step *step) except -1
     cdef int _take_one(

@@ -330,13 +330,13 @@ cdef class Table:
         """What comes in the structure of `params`, in the order of the parameters."""
         return (given,) if nest is None else nest.listed(given, what, self._n)
 
-    cdef int _ready(self, list sets, tuple names, Step *step) except -1:
-        """Point every tensor at its gradients, which lie as they must then."""
+    cdef int _ready(self, list sets, tuple names, Step *step, bint gathers=True) except -1:
+        """Point every tensor at its gradients, which lie as they must then if this gathers them."""
         self._to_zero = None
         if sets is not None:
             self._view(sets, names, step.zeroing)
         self._take(sets, names, step)
-        if step.scattered:
+        if step.scattered and gathers:
             self._gather(sets, names, step.zeroing)
             self._take(sets, names, step)       # again, for copying may let others run
         return 0

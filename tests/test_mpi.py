@@ -114,7 +114,7 @@ def named(arrays):
 OPTION_SETS = [
     {},
     {"max_norm": 0.5, "track_grad_norm": True},
-    {"clip_value": 0.25, "skip_nonfinite": True},
+    {"clip_value": 0.25, "skip_nonfinite": True, "dampen_first": True, "flush_subnormals": True},
     {"ema_decay": 0.75, "weight_decay": 0.1, "decoupled_weight_decay": True},
 ]
 
@@ -178,6 +178,191 @@ def structures(comm):
         assert same_bits(single, x - np.float32(0.5))
         assert same_bits(mapped["w"], single)
         assert same_bits(one.ema, two.ema["w"])
+
+
+def nested(arrays):
+    """Two layers and what is left, as a model's functions hold them."""
+    return {"layers": [{"w": arrays[0], "b": arrays[2]}, {"w": arrays[4], "b": arrays[5]}],
+            "rest": (arrays[1], arrays[3], *arrays[6:])}
+
+
+@scenario
+def gradients_as_they_come(comm):
+    """Nested, transposed and strided, bound and bound anew; zeroed where the caller has them."""
+    for cls in classes():
+        ours, theirs = model(), model()
+        bound = nested(gradients(9, comm.rank))
+        opt = cls(nested(ours), comm, lr=0.1, momentum=0.9, ema_decay=0.5, grads=bound)
+        one = optcore.SGD(nested(theirs), lr=0.1, momentum=0.9, ema_decay=0.5)
+        for k in range(3):
+            sets = [gradients(k, rank) for rank in range(comm.size)]
+            one.step_replicas([nested(grads) for grads in copy.deepcopy(sets)])
+            mine = sets[comm.rank]
+            mine[0] = np.asfortranarray(mine[0])
+            mine[4] = np.repeat(mine[4], 2, axis=0)[::2]
+            mine[2] = mine[2][::-1].copy()[::-1]
+            if k == 0:
+                bound.update(nested(mine))
+                bound["layers"][1]["w"] = mine[4]
+                opt.step(zero_grad=True)
+            else:
+                opt.step(nested(mine), zero_grad=True)
+            assert not any(g.any() for g in mine)
+            assert_same(ours, theirs)
+        for a, b in zip(opt.ema["layers"], one.ema["layers"], strict=True):
+            assert_same(a.values(), b.values())
+        assert_same(opt.ema["rest"], one.ema["rest"])
+        wrong = nested(gradients(0, comm.rank))
+        if comm.rank == comm.size - 1:
+            wrong["layers"][1]["w"] = np.ones((300, 4), np.float32)
+        assert_all_raise(comm, ValueError, "layers.1.w", opt.step, wrong)
+
+
+@scenario
+def schedules_are_asked_once_a_step(comm):
+    """And the step takes the numbers that the ranks agreed on, whatever a schedule says later."""
+    for cls in classes():
+        asked = []
+        rates = iter([0.5, 0.25, 0.125])
+
+        def lr(step):
+            asked.append(("lr", step))      # noqa: B023
+            return next(rates)              # noqa: B023
+
+        def decay(step):
+            asked.append(("ema", step))     # noqa: B023
+            return 0.5
+
+        ours, theirs = model(), model()
+        opt = cls(ours, comm, lr=lr, momentum=0.9, ema_decay=decay)
+        one = optcore.SGD(theirs, lr=lambda step: 0.5 / 2 ** step, momentum=0.9, ema_decay=0.5)
+        for k in range(3):
+            opt.step(gradients(k, comm.rank))
+            one.step_replicas([gradients(k, rank) for rank in range(comm.size)])
+        assert asked == [(what, k) for k in range(3) for what in ("lr", "ema")]
+        assert_same([*ours, *opt.ema], [*theirs, *one.ema])
+
+
+@scenario
+def velocities_of_the_callers(comm):
+    """They take rank 0's values, and have started where those have."""
+    from optcore.mpi import DataParallelSGD, ShardedSGD
+
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    velocities = model(seed=comm.rank + 7)
+    velocities[0][...] = comm.rank          # started on others than rank 0 only,
+    velocities[4][...] = comm.rank == 0     # and here on rank 0 only
+    velocities[5] = None
+    ours, theirs, own = model(), model(), model(seed=7)
+    own[0][...], own[4][...], own[5] = 0, 1, None
+    opt = DataParallelSGD(ours, comm, velocities=velocities, **options)
+    one = optcore.SGD(theirs, velocities=own, **options)
+    for k in range(2):
+        opt.step(gradients(k, comm.rank))
+        one.step_replicas([gradients(k, rank) for rank in range(comm.size)])
+        assert_same(ours, theirs)
+        del velocities[5:6], own[5:6]
+        assert_same(velocities, own)
+        velocities.insert(5, None)
+        own.insert(5, None)
+    assert_all_raise(comm, TypeError, "load_state_dict() of a state", ShardedSGD, model(), comm,
+                     velocities=model(), **options)
+    if comm.size > 1:
+        some = [v if comm.rank != 1 else None for v in model()]
+        some[0] = model()[0]
+        assert_all_raise(comm, ValueError, "with a velocity on rank 0 and params[1]",
+                         DataParallelSGD, model(), comm, velocities=some, **options)
+
+
+@scenario
+def groups_are_added(comm):
+    from optcore.mpi import DataParallelSGD, ShardedSGD
+
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.25, "ema_decay": 0.5, "max_norm": 0.5}
+    ours, theirs = named(model(seed=comm.rank)), named(model())
+    more, others = ([{"params": {"u": p["p4"][:, 1].copy(), "v": p["p9"].copy()}, "lr": 0.5},
+                     {"params": {"t": p["p10"].copy(order="K")}}] for p in (ours, theirs))
+    grads = [{**named(gradients(k, rank)), "u": gradients(k, rank)[4][:, 2],
+              "v": gradients(k + 5, rank)[9], "t": gradients(k + 5, rank)[10]}
+             for k in range(4) for rank in [comm.rank]]
+    opt = DataParallelSGD([{"params": ours}], comm, **options)
+    one = optcore.SGD([{"params": theirs}], **options)
+    for k in range(4):
+        known = [key for group in opt.param_groups for key in group["param_names"]]
+        mine = {key: grads[k][key] for key in known}
+        everyone = comm.allgather(mine)
+        opt.step(mine)
+        one.step_replicas(everyone)
+        for p, q in zip([*opt.param_groups], [*one.param_groups], strict=True):
+            assert_same(p["params"], q["params"])
+        assert_same(opt.ema.values(), one.ema.values())
+        if k < 2:
+            before = copies(ours.values())
+            if comm.size > 1:
+                odd = comm.rank == 1
+                x = np.ones((300, 3), np.float32)
+                for wrong, error, words in [
+                    ({"params": {"x": ours["p4"] if odd else x}}, ValueError, "('x') is the same"),
+                    ({"params": {"y" if odd else "x": x}}, ValueError, "('y') of float32"),
+                    ({"params": {"x": x}, "lr": 0.5 + odd}, ValueError, "lr=0.5 on rank 0"),
+                    ({"params": {"x": x}, **({"rate": 1} if odd else {})}, TypeError, "rate"),
+                ]:
+                    assert_all_raise(comm, error, words, opt.add_param_group, wrong)
+                assert len(opt.param_groups) == k + 1
+                assert_same(ours.values(), before)
+            opt.add_param_group(more[k])
+            one.add_param_group(others[k])
+            assert_ranks_agree(comm, [*more[k]["params"].values(), *opt.ema.values()])
+    with pytest.raises(NotImplementedError, match="by_name=True"):
+        ShardedSGD(model(), comm, lr=0.1).add_param_group({"params": [np.ones(3)]})
+
+
+@scenario
+def states_are_matched_by_names(comm):
+    for cls in classes():
+        state = trained(cls, comm, 2, model()).state_dict()
+        fewer = named(model(seed=2))
+        del fewer["p3"]
+        fewer = {"new": np.ones(5), **dict(reversed(fewer.items()))}
+        opt = cls(fewer, comm, lr=0.3, momentum=0.9, ema_decay=0.5)
+        one = optcore.SGD(copy.deepcopy(fewer), lr=0.3, momentum=0.9, ema_decay=0.5)
+        found = opt.load_state_dict(state, by_name=True)
+        assert found == one.load_state_dict(state, by_name=True)
+        assert found.missing == ["new"]
+        assert found.unexpected == ["p3"]
+        for a, b in zip(opt.state_dict()["state"].values(), one.state_dict()["state"].values(),
+                        strict=True):
+            assert_same([a["velocity"], a["ema"]], [b["velocity"], b["ema"]])
+            assert a["first_step"] == b["first_step"]
+        assert (opt.step_count, opt.param_groups[0]["lr"]) == (2, 0.3)
+        again = cls(grouped(model()), comm, lr=0.1, ema_decay=0.5)
+        if comm.size > 1:
+            assert_all_raise(comm, ValueError, "by_name=True on rank 1", again.load_state_dict,
+                             state, by_name=comm.rank == 1)
+        assert again.load_state_dict(state) == ([], [], [])
+
+
+@scenario
+def what_nothing_reads_is_refused(comm):
+    for cls in classes():
+        opt = cls(named(model()), comm, lr=0.1)
+        for name in ("rate", "_rate", "velocity", "comm"):
+            with pytest.raises(AttributeError, match=name):
+                setattr(opt, name, comm)
+        assert_all_raise(comm, TypeError, "rate", cls, model(), comm, lr=0.1, rate=0.1)
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=f"{cls.__name__} holds a communicator.*state_dict"):
+                make(opt)
+        opt.lr = 0.5        # of all groups
+        assert [group["lr"] for group in opt.param_groups] == [0.5]
+        params = model()
+        opt = cls(grouped(params), comm, lr=0.1)
+        opt.weight_decay = 0.25
+        opt.lr = 0.5 + comm.rank
+        if comm.size > 1:
+            assert_all_raise(comm, ValueError, "lr=1.5 on rank 1", opt.step,
+                             named(gradients(0, comm.rank)))
+        assert_same(params, model())
 
 
 @scenario
@@ -565,7 +750,7 @@ def resume(comm, folder):
 def main(arguments):
     from mpi4py import MPI
 
-    faulthandler.dump_traceback_later(60, exit=True)    # a rank left behind would wait for ever
+    faulthandler.dump_traceback_later(100, exit=True)    # a rank left behind would wait for ever
     comm = MPI.COMM_WORLD
     optcore.set_num_threads(1)
     if arguments:
@@ -600,7 +785,7 @@ def launched(n, folder):
     """Run all scenarios on `n` ranks; return each one's failures, and what was printed."""
     os.environ["OPTCORE_TEST_FOLDER"] = str(folder)
     try:
-        done = run_ranks(n, __file__, timeout=90)
+        done = run_ranks(n, __file__, timeout=120)
         output, errors = done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         output, errors = (part.decode() if isinstance(part, bytes) else part or ""

@@ -26,7 +26,7 @@ except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without 
 
 from optcore import checkpoint
 from optcore._arena import LINE
-from optcore._state import State
+from optcore._state import NotFound, State
 from optcore._structure import Group
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import BOUND
@@ -170,39 +170,97 @@ class _Flat:
         )
 
 
+def _lay_flat(
+    params: list[np.ndarray], comm: MPI.Intracomm
+) -> tuple[list[_Flat], list[np.ndarray]]:
+    """Return a flat buffer a dtype, and in them a place like each parameter."""
+    flats = [_Flat(params, dtype, comm) for dtype in dict.fromkeys(p.dtype for p in params)]
+    places = {i: flat.whole[place] for flat in flats for i, place in flat.places.items()}
+    return flats, [
+        places[i].reshape(param.shape, order="C" if param.flags.c_contiguous else "F")
+        for i, param in enumerate(params)
+    ]
+
+
+def _param_lines(groups: list[dict[str, Any]], lent: Sequence[Any] | None) -> list[str]:
+    """Describe all parameters, for ranks to agree on."""
+    names = [name for group in groups
+             for name in group["param_names"] or (None,) * len(group["params"])]
+    params = [param for group in groups for param in group["params"]]
+    return [
+        f"params[{i}]{'' if name is None else f' ({name!r})'} of {param.dtype} {param.shape} in "
+        f"{'C' if param.flags.c_contiguous else 'Fortran'} order"
+        f"{'' if velocity is None else ' with a velocity'}"
+        for i, (name, param, velocity) in enumerate(
+            zip(names, params, lent or (None,) * len(params), strict=True)
+        )
+    ]
+
+
+def _group_lines(groups: list[dict[str, Any]]) -> list[str]:
+    return [f"param_groups[{g}] with {name}={group[name]!r}"
+            for g, group in enumerate(groups) for name in GROUP_OPTIONS]
+
+
+def _numbers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the options of groups for comparison: ranks have different functions as schedules."""
+    return [{name: "a schedule" if is_schedule(group[name]) else group[name]
+             for name in GROUP_OPTIONS} for group in groups]
+
+
 class _Distributed(SGD):
     """What both optimizers share: agreement, the order of a step, and checkpoints."""
 
+    __slots__ = ("_averaged", "_comm", "_flats", "_packed")
+
+    _comm: MPI.Intracomm
     _flats: list[_Flat]
+    _packed: list[np.ndarray]       # in those, a place for each gradient
     _averaged: list[np.ndarray]     # where the averaged gradients of this rank's plan appear
 
     def __init__(self, params: Any, comm: MPI.Intracomm, **options: Any) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an MPI intracommunicator, got {type(comm).__name__}")
-        self.comm = comm
+        self._comm = comm
 
         def build() -> tuple[None, list[str]]:
             SGD.__init__(self, params, **options)
-            values = [
-                {name: "a schedule" if is_schedule(group[name]) else group[name]
-                 for name in GROUP_OPTIONS}
-                for group in self.param_groups
-            ]
             decay = "a schedule" if is_schedule(self.ema_decay) else self.ema_decay
-            return None, [*self._param_lines(), *self._option_lines(values, decay)]
+            return None, [*_param_lines(self._checking.param_groups, self._lent),
+                          *_group_lines(_numbers(self.param_groups)), *self._own_lines(decay)]
 
         _agree(comm, build)
-        for param in self._whole_params:
-            for piece in _pieces(_flattened(param, param)):
-                comm.Bcast(piece)
+        self._start_alike(0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuse: a communicator cannot be copied."""
+        raise TypeError(
+            f"{type(self).__name__} holds a communicator and cannot be copied or pickled: build "
+            "one on every rank over the copied parameters and load this one's state_dict()"
+        )
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The ranks that train together."""
+        return self._comm
+
+    def _start_alike(self, first: int) -> None:
+        """Give all ranks rank 0's parameters and given velocities, from number `first` on."""
+        lent = (self._lent or ())[first:]
+        for array in (*self._whole_params[first:], *lent):
+            if array is not None:
+                for piece in _pieces(_flattened(array, array)):
+                    self._comm.Bcast(piece)
         own = [param for group in self.param_groups for param in group["params"]]
-        for entry, param in zip(self._state, own, strict=True):
+        for entry, param in zip(self._state[first:], own[first:], strict=True):
             if entry["ema"] is not None:
                 entry["ema"][...] = param
-
-    def _lay_flat(self, params: list[np.ndarray]) -> None:
-        dtypes = dict.fromkeys(param.dtype for param in params)
-        self._flats = [_Flat(params, dtype, self.comm) for dtype in dtypes]
+        if any(velocity is not None for velocity in lent):
+            # Whether they have started was seen before they came from rank 0.
+            started = [{} if velocity is None else {"first_step": not velocity.any()}
+                       for velocity in lent]
+            self._restore(self.param_groups, [*({},) * first, *started], {},
+                          (self.step_count, self.skipped))
 
     @property
     def _checking(self) -> SGD:
@@ -222,20 +280,9 @@ class _Distributed(SGD):
         return sum(array.nbytes for entry in self._state for array in entry.values()
                    if isinstance(array, np.ndarray))
 
-    def _param_lines(self) -> list[str]:
-        return [
-            f"params[{i}]{'' if name is None else f' ({name!r})'} of {param.dtype} "
-            f"{param.shape} in {'C' if param.flags.c_contiguous else 'Fortran'} order"
-            for i, (name, param) in enumerate(zip(self._names, self._whole_params, strict=True))
-        ]
-
-    def _option_lines(self, values: list[dict[str, Any]], decay: Any) -> list[str]:
-        lines = [
-            f"param_groups[{g}] with {name}={value!r}"
-            for g, group in enumerate(values) for name, value in group.items()
-        ]
+    def _own_lines(self, decay: Any) -> list[str]:
         options = {name: getattr(self, name) for name in OPTIMIZER_OPTIONS} | {"ema_decay": decay}
-        return lines + [f"{name}={value!r}" for name, value in options.items()]
+        return [f"{name}={value!r}" for name, value in options.items()]
 
     def step(
         self, grads: Any = BOUND, *, grad_scale: float = 1.0, zero_grad: bool = False
@@ -251,26 +298,27 @@ class _Distributed(SGD):
             As `optcore.SGD.step`, on all ranks where it is raised on one; ValueError also where
             ranks disagree on options, step count or gradients of None. Nothing has changed then.
         """
-        def check() -> tuple[tuple[tuple[Any, ...], Any], list[str]]:
-            listed, _, _ = self._checking._check_step(grads, grad_scale, zero_grad)
+        def check() -> tuple[tuple[tuple[Any, ...], Any, float, float], list[str]]:
+            listed, values, decay = self._checking._check_step(grads, grad_scale, zero_grad)
             own = self._structured([
                 None if gradient is None else average
                 for gradient, average in zip(listed, self._averaged, strict=True)
             ])
-            _, values, decay = self._check_step(own, grad_scale, False)
+            if self._checking is not self:      # schedules are asked once, by the plan that steps
+                _, values, decay = self._check_step(own, grad_scale, False)
             missing = [i for i, gradient in enumerate(listed) if gradient is None]
-            return (listed, own), [
-                f"step {self.step_count}", f"grad_scale={float(grad_scale)!r}",
-                f"grads that are None at {missing}", *self._option_lines(values, decay),
+            scale = float(grad_scale)
+            return (listed, own, scale, decay), [
+                f"step {self.step_count}", f"grad_scale={scale!r}",
+                f"grads that are None at {missing}", *_group_lines(values), *self._own_lines(decay),
             ]
 
-        listed, own = _agree(self.comm, check)
-        for flat in self._flats:
-            for i, place in flat.places.items():
-                if listed[i] is not None:
-                    flat.whole[place] = _flattened(listed[i], self._whole_params[i])
+        listed, own, scale, decay = _agree(self.comm, check)
+        for packed, gradient in zip(self._packed, listed, strict=True):
+            if gradient is not None:
+                packed[...] = gradient
         self._reduce()
-        stepped = super().step(own, grad_scale=grad_scale / self.comm.size)
+        stepped = self._step_as_checked(own, scale / self.comm.size, decay)
         if stepped:
             self._share_params()
         if zero_grad:
@@ -280,15 +328,17 @@ class _Distributed(SGD):
         return stepped
 
     def step_replicas(
-        self, replica_grads: Any, *, grad_scale: float = 1.0, zero_grad: bool = False
+        self, replica_grads: Any, *, weights: Any = None, grad_scale: float = 1.0,
+        zero_grad: bool = False,
     ) -> bool:
         """Refuse: the ranks are the replicas."""
         raise NotImplementedError(
             "step_replicas() has no meaning here, where the ranks are the replicas: add up "
-            "gradients with accumulate() and call step()"
+            "gradients with accumulate() and call step(), where ranks have weights after "
+            "multiplying each rank's gradients by its weight * ranks / sum of weights"
         )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, by_name: bool = False) -> NotFound:
         """Go on from the state that `state_dict` of any optimizer returned, on all ranks.
 
         As `optcore.SGD.load_state_dict`; the state is whole, whatever number of ranks it comes
@@ -301,11 +351,14 @@ class _Distributed(SGD):
             different states.
         """
         def check() -> tuple[State, list[str]]:
-            state = State(self, state_dict)
+            state = State(self, state_dict, by_name)
             text, tensors = checkpoint.split(state_dict)
-            return state, [f"a state with SHA-256 {checkpoint.digest(text, tensors)}"]
+            return state, [f"by_name={bool(by_name)}",
+                           f"a state with SHA-256 {checkpoint.digest(text, tensors)}"]
 
-        _agree(self.comm, check).apply()
+        state = _agree(self.comm, check)
+        state.apply()
+        return state.not_found
 
     def save(self, path: checkpoint.FilePath, *, include_params: bool = False) -> None:
         """Write a checkpoint as `optcore.SGD.save` does, on rank 0. Collective.
@@ -329,7 +382,7 @@ class _Distributed(SGD):
 
         _agree(self.comm, write)
 
-    def restore(self, path: checkpoint.FilePath) -> None:
+    def restore(self, path: checkpoint.FilePath, *, by_name: bool = False) -> NotFound:
         """Go on from a checkpoint as `optcore.SGD.restore` does, read by rank 0. Collective.
 
         Raises
@@ -337,7 +390,7 @@ class _Distributed(SGD):
         CheckpointError, MemoryError, OSError, TypeError
             As there, on all ranks.
         """
-        self._resume(path, _read_on_first(self.comm, path))
+        return self._resume(path, _read_on_first(self.comm, path), by_name)
 
     @classmethod
     def _read(cls, path: checkpoint.FilePath, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,7 +403,8 @@ _PARAMETERS = """
     Parameters
     ----------
     params : array, sequence or mapping of arrays, or list of group dictionaries
-        As for `optcore.SGD`, alike on every rank. They take rank 0's values.
+        As for `optcore.SGD`, alike on every rank. They take rank 0's values, and so do velocities
+        that are given.
     comm : mpi4py.MPI.Intracomm
         The ranks that train together.
     **options
@@ -373,18 +427,46 @@ class DataParallelSGD(_Distributed):
     `optcore.SGD.step_replicas`; beyond, MPI chooses the order of the sum.
     """
 
+    __slots__ = ()
+
     if __doc__:
         __doc__ += _PARAMETERS
 
     def _build(self, groups: list[Group], nest: Nest | None, **options: Any) -> None:
         super()._build(groups, nest, **options)
-        params = self._whole_params
-        self._lay_flat(params)
-        places = {i: flat.whole[at] for flat in self._flats for i, at in flat.places.items()}
-        self._averaged = [
-            places[i].reshape(param.shape, order="C" if param.flags.c_contiguous else "F")
-            for i, param in enumerate(params)
-        ]
+        self._flats, self._packed = _lay_flat(self._whole_params, self._comm)
+        self._averaged = self._packed
+
+    def add_param_group(
+        self, param_group: Mapping[str, Any], *, grads: Any = None, velocities: Any = None
+    ) -> None:
+        """Step more parameters, as `optcore.SGD.add_param_group`. Collective.
+
+        The new parameters take rank 0's values.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As there, on all ranks where it is raised on one; ValueError also where ranks add
+            different groups. Nothing has changed then.
+        """
+        n = len(self._whole_params)
+
+        def check() -> tuple[Any, list[str]]:
+            groups, nests = self._with_group(param_group)
+            grown = self._grown(groups, nests, grads, velocities)
+            flats = _lay_flat([param for group in grown.param_groups for param in group["params"]],
+                              self._comm)
+            return (groups, nests, grown, flats), [
+                *_param_lines(grown.param_groups, grown._lent),
+                *_group_lines(_numbers(grown.param_groups)),
+            ]
+
+        groups, nests, grown, (self._flats, self._packed) = _agree(self._comm, check)
+        self._averaged = self._packed
+        self._take_grown(grown)
+        self._note_group(groups, nests, param_group, grads, velocities)
+        self._start_alike(n)
 
     @property
     def _checking(self) -> SGD:
@@ -410,14 +492,20 @@ class ShardedSGD(_Distributed):
     empty. `ema`, `state_dict` and `save` collect from all ranks, hence are collective.
     """
 
+    __slots__ = ("_sums", "_whole")
+
     if __doc__:
         __doc__ += _PARAMETERS
 
     def _build(
-        self, groups: list[Group], nest: Nest | None, *, grads: Any, velocities: Any, **options: Any
+        self, groups: list[Group], nest: Nest | None, *, grads: Any = None, velocities: Any = None,
+        **options: Any,
     ) -> None:
         if velocities is not None:
-            raise TypeError("velocities must be left out: every rank keeps a part of each")
+            raise TypeError(
+                "velocities must be left out, since every rank keeps a part of each, got some: "
+                "load_state_dict() of a state that has them"
+            )
         self._whole = SGD.__new__(SGD)      # without a velocity: it checks and never steps
         self._whole._build([
             group._replace(options={
@@ -426,7 +514,7 @@ class ShardedSGD(_Distributed):
             }) for group in groups
         ], nest, options={}, grads=grads)
         params = self._whole_params
-        self._lay_flat(params)
+        self._flats, self._packed = _lay_flat(params, self._comm)
         self._sums = [np.zeros(flat.share, flat.whole.dtype) for flat in self._flats]
         averaged = {
             i: sums[flat.cut(i)[1]]
@@ -440,6 +528,16 @@ class ShardedSGD(_Distributed):
             for group in groups
         ], nest, grads=None, **options)
         self._join_squares = functools.partial(_join_squares, self.comm, len(params))
+
+    def add_param_group(
+        self, param_group: Mapping[str, Any], *, grads: Any = None, velocities: Any = None
+    ) -> None:
+        """Refuse: every rank would have to keep other parts of all."""
+        raise NotImplementedError(
+            "add_param_group() would share out all states anew, which ShardedSGD does not: build "
+            "one over all parameters and give it this one's state by "
+            "load_state_dict(old.state_dict(), by_name=True)"
+        )
 
     @property
     def _checking(self) -> SGD:

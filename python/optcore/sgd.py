@@ -8,9 +8,10 @@ import numpy as np
 
 from optcore import checkpoint
 from optcore._state import STATE_VERSION, NotFound, State, completed, saved_group, schedules_of
-from optcore._structure import given_groups, read_group, read_groups, structure_of
+from optcore._structure import Group, given_groups, read_group, read_groups, structure_of
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import Plan
+from optcore.structure import Nest
 
 Schedule = Callable[[int], float]
 _Self = TypeVar("_Self", bound="SGD")
@@ -233,16 +234,28 @@ class SGD(Plan):
         TypeError, ValueError, RuntimeError
             As the constructor and `step`. Nothing has changed then.
         """
+        groups, nests = self._with_group(param_group)
+        self._grow(groups, nests, grads, velocities)
+        self._note_group(groups, nests, param_group, grads, velocities)
+
+    def _with_group(
+        self, param_group: Mapping[str, Any]
+    ) -> tuple[list[Group], tuple[Nest | None, Nest | None]]:
+        """Return the groups with one more, and the structures of all and of the new one."""
         if not self._built:
             raise RuntimeError("this optimizer was never built")
         before = [group._replace(options=options)
                   for group, options in zip(self._groups_read, self.param_groups, strict=False)]
         own = read_group(param_group, self._defaults, before)
         groups = [*before, own]
-        structure = structure_of(groups)
-        self._grow(groups, (structure, own.nest), grads, velocities)
-        self._groups_read, self._structure = groups, structure
-        param_group = {**param_group, "params": own.params}
+        return groups, (structure_of(groups), own.nest)
+
+    def _note_group(
+        self, groups: list[Group], nests: tuple[Nest | None, Nest | None],
+        param_group: Mapping[str, Any], grads: Any, velocities: Any,
+    ) -> None:
+        self._groups_read, self._structure = groups, nests[0]
+        param_group = {**param_group, "params": groups[-1].params}
         self._given = [*self._given, (param_group, grads, velocities)]
 
     def __reduce__(self) -> tuple[Any, ...]:

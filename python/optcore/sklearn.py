@@ -7,7 +7,6 @@ is not.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
@@ -294,24 +293,24 @@ def patched() -> Iterator[None]:
                 _multilayer_perceptron.SGDOptimizer = _Theirs
 
 
-@functools.cache
-def _settable(kind: type) -> frozenset[str]:
-    """Return the parameters of all constructors that make an estimator."""
-    return frozenset(
-        name for base in kind.__mro__[:-1] if "__init__" in vars(base)
-        for name in list(inspect.signature(base.__init__).parameters)[1:]   # type: ignore[misc]
-    )
-
-
 class _Patched:
+    _settable: frozenset[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Note the parameters of all constructors that make an estimator."""
+        super().__init_subclass__(**options)
+        cls._settable = frozenset(
+            name for base in cls.__mro__[:-1] if "__init__" in vars(base)
+            for name in list(inspect.signature(base.__init__).parameters)[1:]   # type: ignore[misc]
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what nothing would read."""
         # By scikit-learn's convention names begin with _ where private, end with _ where fitted.
-        kind: Any = type(self)
-        if not (name.startswith("_") or name.endswith("_") or hasattr(kind, name)
-                or name in _settable(kind)):
+        if not (name.startswith("_") or name.endswith("_") or hasattr(type(self), name)
+                or name in self._settable):
             raise AttributeError(
-                f"{kind.__name__} has no attribute {name!r}, and nothing would read it: "
+                f"{type(self).__name__} has no attribute {name!r}, and nothing would read it: "
                 "get_params() has its parameters"
             )
         super().__setattr__(name, value)
