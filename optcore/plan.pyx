@@ -27,6 +27,7 @@ from optcore.options cimport (
 )
 from optcore.parallel cimport sweep_all
 from optcore.rules cimport RULE_ROWS, SGD, Scalars
+from optcore.runtime cimport forks
 from optcore.structure cimport Nest, Roots
 from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
 from optcore.table cimport Step, Table, rule_named
@@ -63,6 +64,7 @@ cdef class Plan(Table):
     cdef object _ema_schedule
     cdef readonly bint _built
     cdef bint _busy
+    cdef long _forks            # before the call under way
     cdef Buffer _weights        # of replicas
     cdef object _grad_norm
     cdef list _nonfinite
@@ -77,12 +79,19 @@ cdef class Plan(Table):
         """Run the one call at a time that an optimizer serves."""
         if not self._built:
             raise RuntimeError("this optimizer was never built")
+        if self._busy and self._forks != forks():
+            raise RuntimeError(
+                "this process was forked while another thread used this optimizer, which may be "
+                "half-stepped here and stays so: build a new one over the parameters, or fork "
+                "where no step is under way"
+            )
         if self._busy:
             raise RuntimeError(
                 "this optimizer is in use already, by another thread or by the caller of a "
                 "schedule: one step at a time"
             )
         self._busy = True
+        self._forks = forks()
         try:
             return call(self, a, b, c)
         finally:

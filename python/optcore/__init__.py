@@ -25,7 +25,9 @@ if not TYPE_CHECKING:       # for a checker, the imports say it
         parallel,
         plan,
         runtime,
+        structure,
         sweep,
+        table,
     )
     __all__ = ["__version__", *[
         name for name, value in list(globals().items())
