@@ -1,13 +1,14 @@
 """``optcore.torch.SGD``: ``torch.optim.SGD`` on optcore's plan.
 
-The plan steps on the tensors' own memory. It is a cache: all that must survive it stands where
-PyTorch keeps such things, in `param_groups` and `state`, and the plan is built anew whenever a
-tensor's memory or a buffer in `state` turns out to be another than it was built for.
+The plan steps on the tensors' own memory, parameters' and velocities'. It is a cache: all that
+must survive it stands where PyTorch keeps such things, in `param_groups` and `state`, and it is
+built anew whenever these hold other tensors, or tensors in another place, than it was built for.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, overload
 
 try:
     import torch
@@ -16,85 +17,147 @@ except ImportError as error:
         "optcore.torch needs PyTorch, which is not installed: pip install 'optcore[torch]'"
     ) from error
 
-import numpy as np
-
 import optcore
-from optcore.arrays import check_saved
-from optcore.options import GROUP_OPTIONS
+from optcore.groups import GROUP_NOTES
+from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
+from optcore.sgd import GroupOption
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
 SWITCHED_OFF = {"foreach": None, "fused": None, "differentiable": False, "capturable": False}
-# What `state` calls a state of the plan's, where that is PyTorch's own: in its convention only.
-TORCH_KEYS = {"velocity": "momentum_buffer"}
+GROUP_KEYS = {"params", "param_names", *GROUP_OPTIONS, *SWITCHED_OFF, *GROUP_NOTES}
+# Of the whole optimizer. The norm is measured for max_norm alone.
+OWN_OPTIONS = tuple(name for name in OPTIMIZER_OPTIONS if name != "track_grad_norm")
+# What PyTorch keeps in an optimizer under public names.
+TORCH_ATTRIBUTES = {"defaults", "state", "param_groups", "grad_scale", "found_inf"}
+PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return an option as the plan takes it."""
+    if callable(value):     # the plan, which counts steps, may be built anew at any time
+        raise TypeError(
+            f"{name} must be a number, got {value!r}: use torch.optim.lr_scheduler, or set it "
+            "between steps"
+        )
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(f"{name} must not require grad: a step cannot be differentiated")
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """Return a group's options as the plan takes them."""
+    for key in group.keys() - GROUP_KEYS:
+        raise TypeError(
+            f"unknown option {key!r} in a group: groups have {', '.join(GROUP_OPTIONS)}; "
+            f"SGD(...) has {', '.join(OWN_OPTIONS)}"
+        )
     for key in SWITCHED_OFF:
         if group.get(key):
             raise ValueError(f"{key} must be None or False, got {group[key]!r}: not supported")
-    options = {}
-    for key in GROUP_OPTIONS:
-        value = group[key]
-        if isinstance(value, torch.Tensor):
-            if value.requires_grad:
-                raise ValueError(f"{key} must not require grad: a step cannot be differentiated")
-            value = value.item()
-        elif callable(value):       # the plan, which counts steps, may be built anew at any time
-            raise TypeError(f"{key} must be a number, got {value!r}: use torch.optim.lr_scheduler")
-        options[key] = value
+    for key in GROUP_OPTIONS.keys() - group.keys():
+        raise KeyError(f"option {key!r} is missing in a group")
+    options = {key: _number(key, group[key]) for key in GROUP_OPTIONS}
     if options["momentum"] == 0:
         options["dampening"] = 0.0      # which PyTorch ignores there and optcore.SGD refuses
     return options
 
 
-def _key(name: str, group: dict[str, Any]) -> str:
-    """Return under which key `state` keeps a state of the plan's."""
-    return name if group["lr_in_velocity"] else TORCH_KEYS.get(name, name)
+def _local(tensor: Any) -> Any:
+    """Return the tensor itself or, of a DTensor, the part on this rank."""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
 
 
-# A tensor in another dense layout than the C order, such as channels_last, is stepped through
-# the permutation of its axes that is in C order.
-
-def _order(param: torch.Tensor) -> list[int] | None:
-    """Return the axes of a parameter by descending stride; None where they are in C order."""
-    if param.layout is not torch.strided or param.is_contiguous():
-        return None
-    return sorted(range(param.dim()), key=param.stride, reverse=True)
-
-
-def _turned(tensor: torch.Tensor | None, order: list[int] | None) -> torch.Tensor | None:
-    """Return a parameter's tensor, or a gradient or state of it, with its axes in that order."""
-    return tensor if tensor is None or order is None else tensor.detach().permute(order)
+def _place(tensor: Any) -> Any:
+    """Return what tells a tensor's memory and how it lies there."""
+    if type(tensor) not in PLAIN:
+        if not isinstance(tensor, torch.Tensor) or torch.nn.parameter.is_lazy(tensor):
+            return type(tensor)
+        tensor = _local(tensor)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _gradient(param: torch.Tensor, order: list[int] | None) -> torch.Tensor | None:
-    """Return the gradient in its parameter's layout: itself, or a copy where it has another."""
-    grad = _turned(param.grad, order)
-    return grad if grad is None or grad.layout is not torch.strided else grad.contiguous()
+class _Owner(NamedTuple):
+    """A parameter and how it is stepped: by the permutation of its axes that is in C order."""
+
+    param: Any
+    group: dict[str, Any]
+    order: list[int] | None     # the axes by descending stride; None: in C order as they are
+
+    @property
+    def velocity_key(self) -> str:
+        """Under which key `state` has its velocity: PyTorch's, in its own convention only."""
+        return "velocity" if self.group["lr_in_velocity"] else "momentum_buffer"
+
+    def turned(self, tensor: torch.Tensor) -> Any:
+        """Return a tensor like the parameter as the plan takes it."""
+        tensor = _local(tensor)
+        return tensor if self.order is None else tensor.detach().permute(self.order)
+
+    def lent(self, array: Any) -> Any:
+        """Return the plan's array as a tensor like the parameter."""
+        p, tensor = self.param, torch.from_numpy(array)
+        if self.order is not None:
+            tensor = tensor.permute(sorted(range(len(self.order)), key=self.order.__getitem__))
+        if not hasattr(p, "to_local"):
+            return tensor
+        return p.from_local(tensor, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+    def gradient(self) -> Any:
+        """Return the gradient as the plan takes it."""
+        grad = self.param.grad
+        if grad is None:
+            return None
+        if hasattr(grad, "to_local") and grad.placements != self.param.placements:
+            grad = grad.detach().redistribute(placements=self.param.placements)
+        return self.turned(grad.resolve_neg() if grad.is_neg() else grad)
+
+    def steppable(self, held: Any, where: str, *, lent: bool) -> torch.Tensor:
+        """Return a tensor of `state` as it can be stepped: itself, or else cast and laid out."""
+        if not isinstance(held, torch.Tensor) or not held.is_floating_point():
+            raise TypeError(
+                f"{where} must be a tensor of real numbers, got {type(held).__name__} of "
+                f"{getattr(held, 'dtype', 'no dtype')}"
+            )
+        for name in ("layout", "shape", "placements"):
+            has, wanted = (getattr(tensor, name, None) for tensor in (held, self.param))
+            if has != wanted:
+                raise ValueError(f"{where} has {name} {has}; its parameter has {wanted}")
+        fits = held.dtype == self.param.dtype and self.turned(held).is_contiguous()
+        shared = _local(held).is_shared()
+        if fits and not held.is_neg() and (lent or not shared):
+            return held
+        if shared:
+            raise ValueError(
+                f"{where} is shared with other processes, which only a velocity like its parameter "
+                "can stay, torch.zeros_like(p) say: give a clone()"
+            )
+        return torch.empty_like(self.param).copy_(held.detach())
 
 
-def _lent(array: Any, order: list[int] | None) -> torch.Tensor:
-    """Return the plan's array as a tensor in its parameter's order of axes."""
-    tensor = torch.from_numpy(array)
-    if order is None:
-        return tensor
-    return tensor.permute(sorted(range(len(order)), key=order.__getitem__))
+def _owned(param: Any, group: dict[str, Any], label: str) -> tuple[_Owner, torch.Tensor]:
+    """Return how a parameter is stepped, and what the plan gets of it."""
+    if not isinstance(param, torch.Tensor):
+        raise TypeError(f"{label} must be a tensor, got {type(param).__name__}")
+    kind = param.dtype, param.layout, param.device.type
+    if kind not in [(dtype, torch.strided, "cpu") for dtype in (torch.float32, torch.float64)]:
+        raise TypeError(
+            f"{label} must be a dense float32 or float64 tensor on the CPU, "
+            f"got {', '.join(map(str, kind))}"
+        )
+    if torch.nn.parameter.is_lazy(param):       # nothing yet
+        return _Owner(param, group, None), torch.empty(0, dtype=param.dtype)
+    if param.is_neg():
+        raise ValueError(f"{label} is a negated view: give torch.nn.Parameter(p.resolve_neg())")
+    local = _local(param)
+    order = None if local.is_contiguous() else sorted(
+        range(local.dim()), key=local.stride, reverse=True)
+    owner = _Owner(param, group, order)
+    return owner, owner.turned(local)
 
 
-def _saved(
-    entry: dict[str, Any], key: str, order: list[int] | None, array: np.ndarray, i: int
-) -> np.ndarray | None:
-    """Return what `state` holds for a parameter, checked, in the plan's order of axes."""
-    tensor = entry.get(key)
-    if tensor is None:
-        return None
-    where = f"state[{i}][{key!r}]"
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{where} must be a tensor or None, got {type(tensor).__name__}")
-    if order is not None and tensor.dim() == len(order):
-        tensor = tensor.permute(order)
-    return check_saved(tensor.detach().numpy(), array, where)
+def _own_option(name: str) -> Any:
+    """Return an option of the whole optimizer as an attribute, checked when it is set."""
+    return property(lambda opt: opt._own[name], lambda opt, value: opt._set_own(name, value))
 
 
 class SGD(torch.optim.Optimizer):
@@ -103,7 +166,8 @@ class SGD(torch.optim.Optimizer):
     Parameters
     ----------
     params : iterable of tensors, of (name, tensor) pairs, or of group dictionaries
-        As ``torch.optim.SGD`` takes them. Tensors are dense and updated in place.
+        As ``torch.optim.SGD`` takes them. Tensors are dense and updated in place, of a DTensor
+        the part on this rank. Lazy parameters join when they are materialised.
     lr : float or one-element tensor >= 0, default 1e-3
         Learning rate*.
     momentum : float in [0, 1), default 0
@@ -120,33 +184,32 @@ class SGD(torch.optim.Optimizer):
         Taken for compatibility; True is refused, for there is one way to run.
     differentiable : False
         True is refused: a step cannot be differentiated.
-    decoupled_weight_decay, lr_in_velocity, clip_value
+    decoupled_weight_decay, lr_in_velocity, clip_value, dampen_first, flush_subnormals
         As in `optcore.SGD`*.
     max_norm, skip_nonfinite
-        As in `optcore.SGD`, over the parameters of all groups; attributes, too.
+        As in `optcore.SGD`, over the parameters of all groups; refused with DTensors.
     ema_decay : float in [0, 1), optional
-        As in `optcore.SGD`; the averages are in ``state[param]["ema"]``. An attribute, too.
+        As in `optcore.SGD`, but no callable; the averages are in ``state[param]["ema"]``.
 
     Attributes
     ----------
-    skipped : int
-        Steps skipped, by `skip_nonfinite` or by a GradScaler.
-    grad_norm : float or None
-        Norm of all gradients in the last step, before clipping; None without `max_norm`.
+    lr, momentum, …, max_norm, skip_nonfinite, ema_decay
+        Every option, to be read and set between steps; those with a star over all groups.
 
     Raises
     ------
     TypeError, ValueError
-        For what is not supported or out of range. Tensors on a GPU, sparse, complex or of
-        another dtype are refused, naming the parameter where names were given.
+        For what is not supported or out of range. Tensors on a GPU, sparse, complex, negated or
+        of another dtype are refused, naming the parameter where names were given.
 
     Notes
     -----
-    An option that bears a star may stand in a group and be edited between steps.
+    An option that bears a star may stand in a group and be edited between steps. Keys and
+    attributes that nobody would read are refused.
 
     ``state[param]["momentum_buffer"]`` is the velocity itself, not a copy, and appears with the
-    parameter's first gradient. Under `lr_in_velocity` it is called ``"velocity"``, since no
-    other optimizer could go on from it.
+    parameter's first gradient; a tensor put there is stepped itself. Under `lr_in_velocity` it is
+    called ``"velocity"``, since no other optimizer could go on from it.
 
     Examples
     --------
@@ -161,7 +224,9 @@ class SGD(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     _plan: optcore.SGD | None = None
-    _state_names: tuple[str, ...] = ()
+    _complete = False       # whether the constructor's groups are all there
+    _skipped = 0
+    _measured: tuple[float | None, list[Any]] = (None, [])
 
     def __init__(
         self,
@@ -179,76 +244,153 @@ class SGD(torch.optim.Optimizer):
         decoupled_weight_decay: bool = False,
         lr_in_velocity: bool = False,
         clip_value: float | None = None,
+        dampen_first: bool = False,
+        flush_subnormals: bool = False,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
     ) -> None:
-        self.max_norm = max_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.ema_decay = ema_decay
-        self.grad_norm: float | None = None
-        self.skipped = 0
-        self._built = False
+        given = locals()
+        self._own = {name: given[name] for name in OWN_OPTIONS}
         super().__init__(params, {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "lr_in_velocity": lr_in_velocity,
-            "clip_value": clip_value,
+            name: given[name] for name in (*GROUP_OPTIONS, *SWITCHED_OFF) if name in given
         })
-        self._built = True
+        self._complete = True
         self._build()
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped, by `skip_nonfinite` or by a GradScaler."""
+        return self._skipped
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients in the last step, before clipping; None without `max_norm`."""
+        return self._measured[0]
+
+    @property
+    def nonfinite_params(self) -> list[Any]:
+        """Names, or indices over all groups, of the last step's non-finite gradients.
+
+        Empty where the step did not look: it looks with `max_norm` or `skip_nonfinite`.
+        """
+        return list(self._measured[1])
+
+    lr = GroupOption()
+    momentum = GroupOption()
+    dampening = GroupOption()
+    weight_decay = GroupOption()
+    nesterov = GroupOption()
+    maximize = GroupOption()
+    decoupled_weight_decay = GroupOption()
+    lr_in_velocity = GroupOption()
+    clip_value = GroupOption()
+    dampen_first = GroupOption()
+    flush_subnormals = GroupOption()
+    max_norm = _own_option("max_norm")
+    skip_nonfinite = _own_option("skip_nonfinite")
+    ema_decay = _own_option("ema_decay")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what nobody would read; private names are PyTorch's and its friends'."""
+        if type(self) is SGD and not (
+            name.startswith("_") or name in TORCH_ATTRIBUTES or hasattr(SGD, name)
+        ):
+            raise AttributeError(f"optcore.torch.SGD has no attribute and no option {name!r}")
+        super().__setattr__(name, value)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, *dicts: dict[str, Any]) -> Iterator[None]:
+        """Put back what a change has changed that is refused."""
+        own, state, groups = self._own, self.state, self.param_groups
+        n_groups, before = len(groups), [
+            (group, dict(group)) for group in (*groups, *dicts) if isinstance(group, dict)]
+        try:
+            yield
+        except BaseException:
+            self._own, self.state, self.param_groups, self._plan = own, state, groups, None
+            del groups[n_groups:]
+            for group, options in before:
+                for key in group.keys() - options.keys():
+                    del group[key]
+                group.update({key: options[key] for key in options if key != "params"})
+            raise
+
+    def _set_in_groups(self, name: str, value: Any) -> None:
+        with self._all_or_nothing():
+            for group in self.param_groups:
+                group[name] = value
+            plan = self._current_plan()
+            if plan is not None:
+                plan.max_norm = plan.max_norm       # which checks all options together
+
+    def _set_own(self, name: str, value: Any) -> None:
+        with self._all_or_nothing():
+            if self.ema_decay is None:
+                self._plan = None       # averages may begin
+            self._own = {**self._own, name: value}
+            plan = self._current_plan()
+            if plan is not None:
+                setattr(plan, name, _number(name, value))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group``; refused whole, if at all."""
-        super().add_param_group(param_group)
-        if self._built:
-            try:
-                self._build()
-            except BaseException:
-                self.param_groups.pop()
-                raise
+        if not self._complete:
+            super().add_param_group(param_group)
+            return
+        with self._all_or_nothing(param_group):
+            super().add_param_group(param_group)
+            self._build()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: all but the plan and the hooks."""
-        options = ("max_norm", "skip_nonfinite", "ema_decay", "grad_norm", "skipped", "_built")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in options}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state, which may be another optimizer's."""
-        super().__setstate__(state)
-        self._plan = None
-        for group in self.param_groups:
-            for key, default in self.defaults.items():
-                group.setdefault(key, default)
+        own = ("_own", "_complete", "_skipped", "_measured")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state of this class or of ``torch.optim.SGD``.
 
-        How the other one ran (``foreach``, ``fused``) is not taken over; all else is as
-        ``torch.optim.Optimizer.load_state_dict`` has it.
+        Options that it does not have (``clip_value``, say, in PyTorch's) stay, averages that it
+        does not have begin anew, and how the other one ran (``foreach``, ``fused``) is not taken
+        over; all else is as ``torch.optim.Optimizer.load_state_dict`` has it.
 
         Raises
         ------
-        TypeError, ValueError
-            For a state that does not fit. Nothing has changed then.
+        KeyError, TypeError, ValueError
+            For a state that does not fit, another algorithm's for one. Nothing has changed then.
         """
-        before = {"state": self.state, "param_groups": self.param_groups}
-        try:
-            super().load_state_dict(state_dict)
-            for group in self.param_groups:
-                group.update({key: SWITCHED_OFF[key] for key in SWITCHED_OFF if key in group})
-            self._build()
-        except BaseException:
-            self.__setstate__(before)
-            raise
+        with self._all_or_nothing():
+            hooks = (
+                self.register_load_state_dict_pre_hook(lambda _, state: self._adapted(state)),
+                self.register_load_state_dict_post_hook(lambda _: self._build(), prepend=True),
+            )
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        self._measured = (None, [])
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Complete a state's groups; refuse what PyTorch would keep unread, or cast."""
+        groups = []
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for key in {"lr", "momentum", "dampening", "weight_decay"} - saved.keys():
+                raise KeyError(f"state_dict['param_groups'] must have SGD's {key!r}")
+            groups.append({
+                **{key: own[key] for key in GROUP_OPTIONS}, **saved,
+                **{key: SWITCHED_OFF[key] for key in SWITCHED_OFF if key in saved},
+            })
+        groups += state_dict["param_groups"][len(groups):]     # too many, which PyTorch refuses
+        known = {i for group in groups for i in group["params"]}
+        for i, entry in state_dict["state"].items():
+            if i not in known or not isinstance(entry, Mapping):
+                got = type(entry).__name__ if i in known else "no such parameter"
+                raise ValueError(f"state[{i!r}] must be a parameter's dictionary, got {got}")
+            for key, held in entry.items():
+                if isinstance(held, torch.Tensor) and not held.is_floating_point():
+                    raise TypeError(f"state[{i!r}][{key!r}] must be real, got {held.dtype}")
+        return {**state_dict, "param_groups": groups}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -265,8 +407,9 @@ class SGD(torch.optim.Optimizer):
 
         Raises
         ------
-        TypeError, ValueError
-            For gradients and options that are not as they must be. Nothing has changed then.
+        KeyError, TypeError, ValueError
+            For gradients, options and states that are not as they must be. Nothing has changed
+            then.
         """
         loss = None
         if closure is not None:
@@ -274,24 +417,26 @@ class SGD(torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf != 0:    # GradScaler sums it over devices
-            self.skipped += 1
+            self._skipped += 1
+            self._measured = (None, [])
             return loss
         plan = self._current_plan()
-        grads: list[Any] = [_gradient(param, order) for param, order in self._params]
-        taken = [param for (param, _), grad in zip(self._params, grads, strict=True)
+        grads = [owner.gradient() for owner in self._owners]
+        taken = [owner.param for owner, grad in zip(self._owners, grads, strict=True)
                  if grad is not None]
         if plan is None or not taken:
+            self._measured = (None, [])
             return loss
         scale = getattr(self, "grad_scale", None)
         applied = plan.step(grads, grad_scale=1.0 if scale is None else 1 / float(scale))
-        self.grad_norm = plan.grad_norm
+        self._measured = (plan.grad_norm, plan.nonfinite_params)
         if applied:
             # The plan writes behind autograd's back, which must learn of it.
             torch.autograd.graph.increment_version(taken)
-            if self._waiting and any(group["momentum"] for group in self.param_groups):
+            if any(grads[i] is not None for i in self._waiting):
                 self._publish(plan)
         else:
-            self.skipped += 1
+            self._skipped += 1
         return loss
 
     # The plan
@@ -300,88 +445,109 @@ class SGD(torch.optim.Optimizer):
         """Return a plan for the tensors, the state and the options as they are now."""
         if self._plan is None or self._seen != self._look():
             self._build()
-        if self._plan is not None:
-            for mine, group in zip(self._plan.param_groups, self.param_groups, strict=True):
+        plan = self._plan
+        if plan is not None:
+            for mine, group in zip(plan.param_groups, self.param_groups, strict=True):
                 options = _options(group)
                 # An object that stays spares the plan from reading its group again.
                 mine.update({
                     key: value for key, value in options.items()
                     if type(mine[key]) is not type(value) or mine[key] != value
                 })
-        return self._plan
+            for name, value in self._own_numbers().items():
+                if getattr(plan, name) != value:
+                    setattr(plan, name, value)
+        return plan
+
+    def _own_numbers(self) -> dict[str, Any]:
+        """Return the options of the whole optimizer as the plan takes them."""
+        for name in ("max_norm", "skip_nonfinite"):
+            if self._own[name] is not OPTIMIZER_OPTIONS[name] and any(
+                hasattr(owner.param, "to_local") for owner in self._owners
+            ):
+                raise ValueError(
+                    f"{name} must be left out with DTensors, whose gradients lie on several ranks: "
+                    "call torch.nn.utils.clip_grad_norm_() before step()"
+                )
+        return {name: _number(name, value) for name, value in self._own.items()}
 
     def _look(self) -> list[Any]:
         """Return what the plan was built for, to be compared."""
-        options = (self.max_norm, self.skip_nonfinite, self.ema_decay)
-        seen: list[Any] = [
-            value.item() if isinstance(value, torch.Tensor) else value for value in options
-        ]
+        seen: list[Any] = []
         for group in self.param_groups:
-            keys = [_key(name, group) for name in self._state_names]
+            seen += bool(group.get("momentum")), group.get("lr_in_velocity")
             for param in group["params"]:
-                buffers = [self.state.get(param, {}).get(key) for key in keys]
-                seen.append((
-                    param.data_ptr(), param.shape, param.stride(),
-                    *[None if buffer is None else buffer.data_ptr() for buffer in buffers],
-                ))
-            seen.append(keys)
+                seen += id(param), _place(param)
+        for param, entry in self.state.items():
+            for key, held in entry.items():
+                seen += id(param), key, _place(held)
         return seen
 
     def _build(self) -> None:
         """Build a plan for the tensors as they are, going on from what `state` holds."""
         self._plan = None
+        self._owners: list[_Owner] = []
+        names = [name for group in self.param_groups for name in group.get("param_names") or ()]
+        if len(set(names)) != sum(len(group["params"]) for group in self.param_groups):
+            names = []              # they name nothing: errors tell parameters by their indices
         groups = []
-        owners = []     # of each parameter: itself, its order, its group
         for group in self.param_groups:
-            own = [(param, _order(param), group) for param in group["params"]]
-            owners += own
-            groups.append({
-                **_options(group),
-                "params": [_turned(param, order) for param, order, _ in own],
-                "param_names": group.get("param_names"),
-            })
-        self._params = [(param, order) for param, order, _ in owners]
-        if not owners:
+            params: list[torch.Tensor] = []
+            for param in group["params"]:
+                i = len(self._owners)
+                label = f"params[{i}] ({names[i]!r})" if names else f"params[{i}]"
+                owner, stepped = _owned(param, group, label)
+                self._owners.append(owner)
+                params.append(stepped)
+            own_names = group["param_names"] if names else None
+            groups.append({**_options(group), "params": params, "param_names": own_names})
+        options = self._own_numbers()
+        if not self._owners:
             return
-        plan = optcore.SGD(
-            groups, max_norm=self.max_norm, skip_nonfinite=self.skip_nonfinite,
-            ema_decay=self.ema_decay,
-        )
-        arrays = [array for group in plan.param_groups for array in group["params"]]
-        entries = []
-        for i, ((param, order, group), array) in enumerate(zip(owners, arrays, strict=True)):
-            held = self.state.get(param, {})
-            for name, torch_key in TORCH_KEYS.items():
-                stranger = torch_key if group["lr_in_velocity"] else name
-                if held.get(stranger) is not None:
+        velocities: list[Any] = [None] * len(self._owners)
+        entries: list[dict[str, Any]] = [{"first_step": True} for _ in self._owners]
+        changed = []
+        for i, owner in enumerate(self._owners):
+            lazy = torch.nn.parameter.is_lazy(owner.param)
+            held = {} if lazy else self.state.get(owner.param, {})
+            for key, old in held.items():
+                where = f"state[{i}][{key!r}]"
+                if key != owner.velocity_key and (key != "ema" or self.ema_decay is None):
                     raise ValueError(
-                        f"state[{i}] must hold no {stranger!r} with "
-                        f"lr_in_velocity={group['lr_in_velocity']!r}, got one"
+                        f"{where} is nothing to go on from with ema_decay={self.ema_decay!r} and "
+                        f"lr_in_velocity={owner.group['lr_in_velocity']!r}"
                     )
-            entry = {name: _saved(held, _key(name, group), order, array, i)
-                     for name in plan._state_names}
-            first_step = all(saved is None for saved in entry.values())
-            average = None if self.ema_decay is None else _saved(held, "ema", order, array, i)
-            entries.append({**entry, "ema": average, "first_step": first_step})
+                if old is None:
+                    continue
+                tensor = owner.steppable(old, where, lent=key != "ema")
+                if tensor is not old:
+                    changed.append((held, key, tensor))
+                if key == "ema":
+                    entries[i]["ema"] = owner.turned(tensor).detach().numpy()
+                else:
+                    velocities[i] = owner.turned(tensor)
+                    entries[i]["first_step"] = False
+        moving = any(group["momentum"] for group in groups)
+        plan = optcore.SGD(groups, velocities=velocities if moving else None, **options)
         plan._restore(plan.param_groups, entries, {}, (0, 0))
-        self._state_names = plan._state_names
-        self._waiting = list(enumerate(owners))
+        # Nothing from here on can fail
+        for held, key, tensor in changed:
+            held[key] = tensor
         if self.ema_decay is not None:
-            for (param, order, _), entry in zip(owners, plan._state, strict=True):
-                self.state[param]["ema"] = _lent(entry["ema"], order)
-        self._publish(plan)
+            for owner, entry in zip(self._owners, plan._state, strict=True):
+                if not torch.nn.parameter.is_lazy(owner.param):
+                    self.state[owner.param]["ema"] = owner.lent(entry["ema"])
+        self._waiting = [i for i, owner in enumerate(self._owners)
+                         if velocities[i] is None and owner.group["momentum"]]
+        self._seen = self._look()
         self._plan = plan
 
     def _publish(self, plan: optcore.SGD) -> None:
-        """Put the states that have started into `state`; note what the plan relies on."""
-        waiting = []
-        state = plan._state
-        for i, owner in self._waiting:
-            if state[i]["first_step"]:
-                waiting.append((i, owner))
-                continue
-            param, order, group = owner
-            for name in self._state_names:
-                self.state[param][_key(name, group)] = _lent(state[i][name], order)
-        self._waiting = waiting
+        """Put velocities that have started into `state`."""
+        entries = plan._state
+        for i in self._waiting:
+            if not entries[i]["first_step"]:
+                owner = self._owners[i]
+                self.state[owner.param][owner.velocity_key] = owner.lent(entries[i]["velocity"])
+        self._waiting = [i for i in self._waiting if entries[i]["first_step"]]
         self._seen = self._look()
