@@ -1050,7 +1050,7 @@ def distributed(size, folder, target):
 
 
 def linear_layers():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 1))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.arange(p.numel()).reshape(p.shape) % 5 - 2)
