@@ -210,6 +210,7 @@ def test_the_demo_reports_every_epoch_where_output_is_no_terminal(tmp_path):
     for package in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(package, reason=f"the demo needs {package}")
     command = [sys.executable, ROOT / "examples/digits.py", "--epochs", "2", "--hidden", "8",
+               "--batch", "512",
                "--least-accuracy", "0", "--out", tmp_path / "digits.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
