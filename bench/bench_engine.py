@@ -13,11 +13,10 @@ def pytest_generate_tests(metafunc):
     lengths = QUICK_LENGTHS if metafunc.config.getoption("--quick") else LENGTHS
     interleave(
         metafunc,
-        [
+        ([
             Case(job, length, dtype)
             for dtype in ("float32", "float64") for length in lengths for job in RULES
-        ],
-        ENGINE,
+        ], ENGINE),
     )
 
 

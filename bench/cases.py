@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from shapes import MODELS
+from shapes import MODELS, TRAININGS
 
 import optcore
 import reference
@@ -63,6 +63,11 @@ class Case:
     def pipeline(self) -> bool:
         """Whether the whole pipeline is stepped, not the rule alone."""
         return self.job == PIPELINE
+
+    @property
+    def training(self) -> bool:
+        """Whether a forward and a backward pass come between the steps."""
+        return self.workload in TRAININGS
 
     @property
     def label(self) -> str:

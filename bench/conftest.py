@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from cases import Arrays
+from contenders import NUMPY
+from limit import NoCompilerError
+from training import TIMED_STEPS, WARM_UP_STEPS, Training, round_trip
 
 import optcore
 
@@ -31,7 +34,7 @@ def pytest_addoption(parser):
 @lru_cache(maxsize=1)
 def arrays_of(case):
     """Return the arrays of the case being measured; those of the last one are freed."""
-    return Arrays(case)
+    return Training(case) if case.training else Arrays(case)
 
 
 @lru_cache(maxsize=1)
@@ -50,20 +53,44 @@ def warm_up(step):
 
 @pytest.fixture
 def measure(benchmark, request):
-    """Check a contender against the reference, then time it: ``measure(case, repeat, it)``."""
+    """Check a contender against the reference, and time it: ``measure(case, repeat, it)``."""
+    folder = request.config.getoption("--build-folder")
 
-    def run(case, repeat, contender, *, verify=True):
+    def time_alone(case, contender, arrays, it):
+        if contender.checked and contender.name not in checked(case):
+            arrays.check(it, exact=contender.exact)
+            checked(case).add(contender.name)
+        warm_up(it.step)
+        benchmark(it.step)
+
+    def distance():
+        try:
+            return round_trip(folder)
+        except NoCompilerError:
+            return None             # the figures can be had without; the report shows a dash
+
+    def time_in_training(contender, arrays, it):
+        trips = [distance()]
+        benchmark.pedantic(
+            it.step, setup=arrays.backward, rounds=TIMED_STEPS, warmup_rounds=WARM_UP_STEPS
+        )
+        trips.append(distance())
+        if None not in trips:
+            benchmark.extra_info["round_trip"] = round(max(trips))
+        # NumPy's own steps of these rules are the reference's, written otherwise
+        arrays.check_trained(exact=contender.exact or contender in NUMPY)
+
+    def run(case, repeat, contender):
         arrays = arrays_of(case)
         benchmark.group = f"{case.job} {case.workload} {case.dtype} {case.threads}"
         optcore.set_num_threads(case.threads)
         arrays.reset()
         with contender.at_level():
             it = contender.build(case, arrays)
-            if verify and contender.name not in checked(case):
-                arrays.check(it, exact=contender.exact)
-                checked(case).add(contender.name)
-            warm_up(it.step)
-            benchmark(it.step)
+            if case.training:
+                time_in_training(contender, arrays, it)
+            else:
+                time_alone(case, contender, arrays, it)
         benchmark.extra_info.update(
             vars(case), repeat=repeat, contender=contender.name, calls=it.calls,
             n_bytes=case.n_bytes,

@@ -40,17 +40,21 @@ class Contender:
     name: str
     build: Callable[[Case, Arrays], Run]
     jobs: tuple[str, ...] | None = None         # None: all
-    vectors: bool = False                       # single vectors only
+    workloads: Callable[[str], bool] = bool     # which it is measured on; bool: all
     exact: bool = False                         # the reference's bits, not merely its values
+    checked: bool = True                        # compared with the reference before it is timed
     threaded: bool = False                      # worth measuring with all threads
     level: str | None = None                    # SIMD level to run at
 
     def takes(self, case: Case) -> bool:
-        """Return whether it can step the case, and would not repeat a one-thread run."""
+        """Return whether it can step the case, and would not repeat a one-thread run.
+
+        In a training others than the step are threaded, so that it is no repetition.
+        """
         return (
             (self.jobs is None or case.job in self.jobs)
-            and (self.threaded or case.threads == 1)
-            and not (self.vectors and case.workload in MODELS)
+            and (self.threaded or case.threads == 1 or case.training)
+            and self.workloads(case.workload)
         )
 
     @contextmanager
@@ -61,6 +65,11 @@ class Contender:
         else:
             with simd(self.level):
                 yield
+
+
+def is_vector(workload: str) -> bool:
+    """Return whether a workload is a single vector."""
+    return workload not in MODELS
 
 
 # NumPy as the lecture writes it. Lists stand for a model's arrays; Python floats are what a
@@ -251,6 +260,6 @@ ENGINE = NUMPY + [
 OPTCORE = [
     Contender(STEP, build_step, exact=True, threaded=True),
     Contender(STEP_LIST, build_step_list, exact=True, threaded=True),
-    Contender(FUNCTION, build_function, vectors=True, exact=True, threaded=True),
+    Contender(FUNCTION, build_function, workloads=is_vector, exact=True, threaded=True),
 ]
 OPTCORE_ALONE = Contender(ALONE, build_alone, exact=True, threaded=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from cases import RULES, SHOWN
 from contenders import FUNCTION, LIMIT, LITERAL, OUT, STEP
 from matplotlib.figure import Figure
@@ -26,6 +27,7 @@ STYLES = {
     "PyTorch, for-loop": (ORANGE, "v", ":"),
     "PyTorch, foreach": (ORANGE, "s", "--"),
     "PyTorch, fused": (ORANGE, "o", "-"),
+    "PyTorch, compiled": (ORANGE, "^", "-."),
     "Numba, fastmath": (GREEN, "D", "-"),
     "JAX + optax, donated": (PINK, "P", "-"),
     "BLAS saxpy": (SKY, "X", "-"),
@@ -51,13 +53,13 @@ def _caption(machine: dict[str, Any]) -> str:
     return f"{machine['CPU']}, {machine['caches']}; optcore {machine['optcore']}; {machine['date']}"
 
 
-def _points(results: Results, keys: list[Key], name: str) -> tuple[list[int], list[float]]:
-    found = [
-        (int(float(key[1])), value) for key in keys
+def _points(results: Results, keys: list[Key], name: str) -> tuple[list[int], np.ndarray]:
+    """Return lengths, and for each the lower quartile, median and upper quartile of GB/s."""
+    found = sorted(
+        (int(float(key[1])), value.quartiles) for key in keys
         if (value := results.bandwidth(key, name)) is not None
-    ]
-    found.sort()
-    return [x for x, _ in found], [y for _, y in found]
+    )
+    return [x for x, _ in found], np.array([y for _, y in found]).reshape(-1, 3)
 
 
 def _vectors(results: Results, job: str, dtype: str, threads: int) -> list[Key]:
@@ -87,14 +89,16 @@ def _panels(results: Results, machine: dict[str, Any], rows: list[tuple[str, int
                 axes.set_axisbelow(True)
                 x, y = _points(results, keys, LIMIT)
                 if x:
-                    handles[LIMIT], = axes.plot(x, y, color=INK, linewidth=1.2, label=LIMIT)
-                    axes.fill_between(x, y, max(y) * 3, color="#F1F1F1", zorder=0)
+                    limit = y[:, 1]
+                    handles[LIMIT], = axes.plot(x, limit, color=INK, linewidth=1.2, label=LIMIT)
+                    axes.fill_between(x, limit, max(limit) * 3, color="#F1F1F1", zorder=0)
                 for name, (color, marker, dashes) in STYLES.items():
                     x, y = _points(results, keys, name)
                     if x:
                         ours = name == STEP
+                        axes.vlines(x, y[:, 0], y[:, 2], color=color, linewidth=3, alpha=0.35)
                         handles[name], = axes.plot(
-                            x, y, dashes, color=color, marker=marker, label=name,
+                            x, y[:, 1], dashes, color=color, marker=marker, label=name,
                             markersize=5 if ours else 4, linewidth=2 if ours else 1.1,
                             zorder=3 if ours else 2,
                         )

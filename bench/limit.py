@@ -1,4 +1,4 @@
-"""The memory limit as a contender: `limit.c`, compiled here and loaded with ctypes."""
+"""The memory limit as a contender, and the C code of this folder: compiled here, by ctypes."""
 from __future__ import annotations
 
 import ctypes
@@ -18,30 +18,35 @@ HUGE_PAGE = 2 << 20
 # Not -ffast-math: linked into a library, it turns subnormals off for the whole process.
 FLAGS = [
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-    "-fassociative-math", "-shared", "-fPIC",
+    "-fassociative-math", "-shared", "-fPIC", "-pthread",
 ]
 # The first that the compiler takes. GCC prefers 32-byte vectors on CPUs it does not know.
 EXTRAS = [["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], []]
 # A parallel region costs a microsecond or two: below this many elements one thread is faster.
 THREADED_FROM = 100_000
-SOURCE = Path(__file__).with_name("limit.c")
 
 
 class NoCompilerError(RuntimeError):
-    """There is no compiler to build the limit's kernel with."""
+    """There is no compiler to build with what is to be measured."""
+
+
+def compiler() -> str:
+    """Return the name of the C compiler, or raise `NoCompilerError`."""
+    name = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(name) is None:
+        raise NoCompilerError(f"no C compiler named {name}")
+    return name
 
 
 @cache
-def library(folder: Path) -> ctypes.CDLL:
-    """Compile the kernel, with OpenMP and the widest vectors it takes."""
-    compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
-    if shutil.which(compiler) is None:
-        raise NoCompilerError(f"no C compiler named {compiler}")
+def library(source: str, folder: Path) -> ctypes.CDLL:
+    """Compile a file of this folder, with OpenMP and the widest vectors it takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    built = folder / f"limit-{os.getpid()}.so"
+    path = Path(__file__).with_name(source)
+    built = folder / f"{path.stem}-{os.getpid()}.so"
     for extra in EXTRAS:
         done = subprocess.run(
-            [compiler, *FLAGS, *extra, str(SOURCE), "-o", str(built)],
+            [compiler(), *FLAGS, *extra, str(path), "-o", str(built)],
             capture_output=True, text=True, check=False,
         )
         if done.returncode == 0:
@@ -71,7 +76,7 @@ def limit_contender(folder: Path) -> Contender:
     """Return the limit as one more implementation, measured next to the others."""
 
     def build(case: Case, arrays: Arrays) -> Run:
-        kernel = getattr(library(folder), f"limit_{case.dtype}")
+        kernel = getattr(library("limit.c", folder), f"limit_{case.dtype}")
         n = count_of(case.workload)
         streams = case.streams
         columns, memory = _columns(2 + len(case.rule.states) + case.pipeline, n, case.dtype)
@@ -90,4 +95,4 @@ def limit_contender(folder: Path) -> Contender:
 
     # limit.c has a loop without a state and one with one
     jobs = [job for job, rule in RULES.items() if len(rule.states) < 2]
-    return Contender(LIMIT, build, jobs=(*jobs, PIPELINE), threaded=True)
+    return Contender(LIMIT, build, jobs=(*jobs, PIPELINE), threaded=True, checked=False)

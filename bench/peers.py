@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache, partial
 
 import numpy as np
+from apart import build_apart
 from cases import (
     EMA_DECAY,
     LR,
@@ -17,7 +20,8 @@ from cases import (
     Case,
     Run,
 )
-from contenders import Contender
+from contenders import LIMIT, Contender
+from limit import NoCompilerError, compiler
 
 # Modules a peer needs, and the distributions whose versions a report gives.
 MODULES = {"PyTorch": ["torch"], "Numba": ["numba"], "JAX": ["jax", "optax"], "BLAS": ["scipy"]}
@@ -58,9 +62,15 @@ def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Ru
         params, lr=LR, momentum=MOMENTUM if case.rule.has_momentum else 0,
         nesterov=case.rule.name == "nesterov",
         weight_decay=WEIGHT_DECAY if case.pipeline else 0,
-        foreach=implementation == "foreach",
+        foreach=implementation in ("foreach", "compiled"),
         fused=implementation == "fused",
     )
+    if implementation == "compiled":
+        torch.set_num_threads(case.threads)
+        for param in params if case.rule.has_momentum else ():
+            # The first step, which makes it, would be compiled apart
+            opt.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        return Run(torch.compile(opt.step), lambda: arrays.x)
     if not case.pipeline:
         return Run(opt.step, lambda: arrays.x)
     averages = [param.detach().clone() for param in params]
@@ -76,6 +86,29 @@ def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Ru
         opt.zero_grad(set_to_none=False)
 
     return Run(step, lambda: arrays.x, lambda: [e.numpy() for e in averages])
+
+
+# torch.compile recompiles for each optimizer, and after eight goes on without: a process each.
+# That takes some seconds for a vector, half a minute for ResNet-50 and minutes for 1000 tensors.
+
+COMPILED = "PyTorch, compiled"
+COMPILED_FOR = ("1e6", "5e7", "MLP", "ResNet-50")
+
+
+def cxx() -> str:
+    """Return the name of the C++ compiler that torch.compile takes, or raise `NoCompilerError`."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise NoCompilerError(f"no C++ compiler named {name} for torch.compile")
+    return name
+
+
+def build_compiled(case: Case, arrays: Arrays) -> Run:
+    cxx()
+    return build_apart(case, arrays, build=_compiled)
+
+
+_compiled = partial(build_torch, implementation="compiled")
 
 
 # Numba: one fused loop a tensor, as one writes it by hand; the threaded form where it pays.
@@ -226,6 +259,10 @@ _CANDIDATES = {
             )
             for name in ("foreach", "fused")
         ],
+        Contender(
+            COMPILED, build_compiled, jobs=("sgd", "momentum", "nesterov"), threaded=True,
+            workloads=COMPILED_FOR.__contains__, checked=False,
+        ),
     ],
     "Numba": [Contender("Numba, fastmath", build_numba, threaded=True)],
     "JAX": [Contender("JAX + optax, donated", build_jax, threaded=True)],
@@ -244,8 +281,14 @@ def installed() -> list[Contender]:
 
 
 def absent() -> dict[str, list[str]]:
-    """Return the peers that cannot, and the modules each lacks."""
-    return {peer: lacks for peer, modules in MODULES.items() if (lacks := missing(modules))}
+    """Return what cannot be measured, and what each lacks."""
+    lacks = {peer: missing(modules) for peer, modules in MODULES.items()}
+    for name, language, find in [(LIMIT, "C", compiler), (COMPILED, "C++", cxx)]:
+        try:
+            find()
+        except NoCompilerError:
+            lacks[name] = [f"a {language} compiler"]
+    return {name: things for name, things in lacks.items() if things}
 
 
 def set_threads(n: int) -> None:

@@ -1,30 +1,45 @@
 """From measurements to tables and pictures.
 
-A row is one measurement: a contender in one repeat of a case. The time of a contender is the
-median over its repeats; a ratio is taken repeat by repeat, between contenders that ran side by
-side, and then its median.
+A row is one measurement: a contender in one repeat of a case, with some of its rounds. A figure
+is a sample: of times, those of all its repeats; of ratios, those of every round of one contender
+to every round of the other within a repeat, where the two ran side by side.
 """
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from cases import SHOWN, Case
-from contenders import FUNCTION, LIMIT, LITERAL, OUT, STEP
-from shapes import MODELS
-from targets import FUSED, TARGETS, Target
+from cases import PIPELINE, Case
+from contenders import ALONE, LIMIT, LITERAL, OUT, STEP
+from samples import TWO_MODES, Sample, figure, number, thinned
+from shapes import MODELS, TRAININGS
+from targets import FAR, FAR_NS, FUSED, TARGETS, Target
 
 Row = dict[str, Any]
 Key = tuple[str, str, str, int]     # job, workload, dtype, threads
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+READING = (
+    f"Medians with quartiles; {TWO_MODES} where the values fall into two groups with a gap, so "
+    "that the median speaks for one of them."
+)
+OF_THE_LIMIT = (
+    "*Of the limit* is the time of a plain C loop with just the step's memory traffic, measured in "
+    "the same run, over optcore's: 1 is as fast as this memory goes, above it is that loop's own "
+    "spread.\n"
+)
+# What the README shows: job, workload, threads
+SHORT = [
+    ("sgd", "1e6", 1), ("momentum", "1e6", 1), ("nesterov", "1e6", 1),
+    ("momentum", "1000 × 256", 1), ("momentum", "ResNet-50", 1), (PIPELINE, "ResNet-50", 1),
+    (PIPELINE, "GPT-2 small", "all"), ("momentum", "digits net in training", "all"),
+]
 
 
 def rows_of(benchmark: dict[str, Any]) -> list[Row]:
-    """Reduce pytest-benchmark's JSON to one row a measurement, without its rounds.
+    """Reduce pytest-benchmark's JSON to one row a measurement, with a few of its rounds.
 
     Parameters
     ----------
@@ -34,14 +49,18 @@ def rows_of(benchmark: dict[str, Any]) -> list[Row]:
     Returns
     -------
     list of dict
-        The case, ``"contender"``, ``"repeat"``, ``"n_bytes"`` and ``"us"``, the median time of
-        one step in microseconds.
+        The case, ``"contender"``, ``"repeat"``, ``"n_bytes"`` and ``"us"``, times of one step
+        in microseconds; of a training also ``"round_trip"``, a cache line's in nanoseconds.
     """
     rows = []
     for result in benchmark["benchmarks"]:
         row = dict(result["extra_info"])
+        if "contender" not in row:
+            continue            # it was timed, and then its results were wrong
         calls = row.pop("calls")
-        row["us"] = float(f"{result['stats']['median'] / calls * 1e6:.5g}")
+        row["us"] = [
+            float(f"{seconds / calls * 1e6:.5g}") for seconds in thinned(result["stats"]["data"])
+        ]
         rows.append(row)
     return rows
 
@@ -58,12 +77,17 @@ class Results:
     """The measurements of a suite, by case and contender."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self.cases: dict[Key, dict[str, dict[int, float]]] = {}
+        self.cases: dict[Key, dict[str, dict[int, list[float]]]] = {}
         self.n_bytes: dict[Key, int] = {}
+        self._round_trips: dict[tuple[Key, str], list[int]] = {}
         for row in rows:
             key = (row["job"], row["workload"], row["dtype"], row["threads"])
-            times = self.cases.setdefault(key, {}).setdefault(row["contender"], {})
-            times[row["repeat"]] = row["us"]
+            name = row["contender"]
+            if (trip := row.get("round_trip")) is not None:
+                far = FAR if trip >= FAR_NS else ""
+                name += far
+                self._round_trips.setdefault((key, far), []).append(trip)
+            self.cases.setdefault(key, {}).setdefault(name, {})[row["repeat"]] = row["us"]
             self.n_bytes[key] = row["n_bytes"]
 
     @property
@@ -71,36 +95,47 @@ class Results:
         """The widest run's threads."""
         return max(threads for *_, threads in self.cases)
 
-    def time(self, key: Key, name: str) -> float | None:
+    def time(self, key: Key, name: str) -> Sample | None:
         """Return the microseconds of a step, or None where it was not measured."""
         times = self.cases.get(key, {}).get(name)
-        return median(times.values()) if times else None
+        return Sample.of(us for repeat in times.values() for us in repeat) if times else None
 
-    def bandwidth(self, key: Key, name: str) -> float | None:
+    def round_trip(self, key: Key, far: str) -> Sample | None:
+        """Return the nanoseconds of a cache line's round trip, of near cores or of `FAR` ones."""
+        trips = self._round_trips.get((key, far))
+        return Sample.of(trips) if trips else None
+
+    def bandwidth(self, key: Key, name: str) -> Sample | None:
         """Return the GB/s that a step must move at the least, by its time."""
-        us = self.time(key, name)
-        return None if us is None else self.n_bytes[key] / us / 1e3
+        time = self.time(key, name)
+        return time and Sample.of(self.n_bytes[key] / us / 1e3 for us in time.values)
 
-    def speedup(self, key: Key, name: str, over: str) -> float | None:
-        """Return how many times as fast `name` is as `over`."""
+    def speedup(self, key: Key, name: str, over: str) -> Sample | None:
+        """Return how many times as fast `name` is as `over`.
+
+        The same contender on near and on far cores is compared over all repeats: no repeat has
+        both.
+        """
         case = self.cases.get(key, {})
-        if name not in case or over not in case:
-            return None
-        return median(
-            case[over][repeat] / us for repeat, us in case[name].items() if repeat in case[over]
-        )
+        ours, theirs = case.get(name, {}), case.get(over, {})
+        pairs = [(repeat, repeat) for repeat in ours if repeat in theirs]
+        if name != over and name.removesuffix(FAR) == over.removesuffix(FAR):
+            pairs = list(product(ours, theirs))
+        return Sample.of(
+            b / a for mine, other in pairs for a, b in product(ours[mine], theirs[other])
+        ) if pairs else None
 
-    def judge(self, target: Target) -> tuple[float, str] | None:
-        """Return the figure a target is about and the opponent it was closest with."""
+    def judge(self, target: Target) -> tuple[Sample, str] | None:
+        """Return the ratio a target is about and the opponent it was closest with."""
         threads = self.most_threads if target.threads == "all" else target.threads
         if target.threads == "all" and threads == 1:
             return None
         key = (target.job, target.workload, "float32", threads)
-        figures = [
-            (figure, name) for name in target.than
-            if (figure := self.speedup(key, target.who, name)) is not None
+        ratios = [
+            (ratio, name) for name in target.than
+            if (ratio := self.speedup(key, target.who, name)) is not None
         ]
-        return min(figures, default=None)
+        return min(ratios, key=lambda judged: target.figure(judged[0]), default=None)
 
 
 # Tables
@@ -114,12 +149,8 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def number(value: float | None, *, times: bool = False) -> str:
-    """Return three significant digits without an exponent; an en dash for nothing."""
-    if value is None:
-        return "–"
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f}" + ("×" if times else "")
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def title(job: str, workload: str) -> str:
@@ -129,7 +160,7 @@ def title(job: str, workload: str) -> str:
 
 def case_title(key: Key) -> str:
     job, workload, dtype, threads = key
-    return f"{title(job, workload)}, {dtype}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{title(job, workload)}, {dtype}, {plural(threads, 'thread')}"
 
 
 def machine_table(machine: dict[str, Any]) -> str:
@@ -144,28 +175,34 @@ def target_table(results: Results, suite: str) -> str:
             continue
         judged = results.judge(target)
         threads = target.threads if target.threads == "all" else str(target.threads)
+        at_least = number(target.at_least, times=True)
         row = [
             title(target.job, target.workload), threads, target.who, target.opponents,
-            number(target.at_least, times=True),
+            f"{at_least} within the spread" if target.within_spread else at_least,
         ]
         if judged is None:
             rows.append([*row, "–", "not measured"])
             continue
-        figure, opponent = judged
-        against = "" if len(target.than) == 1 else f" ({opponent})"
-        verdict = "held" if figure >= target.at_least else "**missed**"
-        rows.append([*row, number(figure, times=True) + against, verdict])
+        ratio, opponent = judged
+        against = "" if len(target.than) == 1 else f", {opponent}"
+        verdict = "held" if target.figure(ratio) >= target.at_least else "**missed**"
+        rows.append([*row, figure(ratio, times=True) + against, verdict])
     return table(["target", "threads", "who", "against", "at least", "measured", ""], rows)
+
+
+def distance(name: str) -> str:
+    """Return what says, in the name of something measured, how far apart the cores were."""
+    return FAR if name.endswith(FAR) else ""
 
 
 def ratio_over(over: str) -> Column:
     """Return how many times as fast as `over` each implementation is."""
-    return lambda results, key, name: number(results.speedup(key, name, over), times=True)
+    return lambda results, key, name: figure(results.speedup(key, name, over), times=True)
 
 
 TIME_COLUMNS: dict[str, Column] = {
-    "µs": lambda results, key, name: number(results.time(key, name)),
-    "GB/s": lambda results, key, name: number(results.bandwidth(key, name)),
+    "µs": lambda results, key, name: figure(results.time(key, name)),
+    "GB/s": lambda results, key, name: figure(results.bandwidth(key, name)),
 }
 COLUMNS: dict[str, dict[str, Column]] = {
     "engine": TIME_COLUMNS | {
@@ -173,9 +210,9 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "against NumPy literal": ratio_over(LITERAL),
     },
     "peers": TIME_COLUMNS | {
-        "of the limit": lambda results, key, name: number(results.speedup(key, name, LIMIT)),
-        "optcore, step() is": lambda results, key, name: number(
-            results.speedup(key, STEP, name), times=True
+        "of the limit": lambda results, key, name: figure(results.speedup(key, name, LIMIT)),
+        "optcore, step() is": lambda results, key, name: figure(
+            results.speedup(key, STEP + distance(name), name), times=True
         ),
     },
 }
@@ -186,7 +223,7 @@ def all_tables(results: Results, suite: str) -> str:
     columns = COLUMNS[suite]
     parts = []
     for key, case in results.cases.items():
-        names = sorted(case, key=lambda name: (name != LIMIT, results.time(key, name)))
+        names = sorted(case, key=lambda name: (name != LIMIT, results.time(key, name).median))
         parts.append(f"**{case_title(key)}**\n")
         parts.append(table(
             ["implementation", *columns],
@@ -199,64 +236,71 @@ def wins_of_peers(results: Results) -> str:
     """Return where something other than optcore is fastest; an empty table is not hidden."""
     rows = []
     for key, case in results.cases.items():
-        others = [name for name in case if name != LIMIT and not name.startswith("optcore")]
-        figure, name = min(
-            ((results.speedup(key, STEP, name), name) for name in others), default=(2.0, "")
-        )
-        if figure < 1:
-            rows.append([case_title(key), name, number(1 / figure, times=True)])
+        others = [
+            (ratio, name) for name in case
+            if name != LIMIT and not name.startswith("optcore")
+            and (ratio := results.speedup(key, name, STEP + distance(name))) is not None
+        ]
+        ratio, name = max(others, key=lambda win: win[0].median, default=(None, ""))
+        if ratio is not None and ratio.median > 1:
+            rows.append([case_title(key), name, figure(ratio, times=True)])
     return table(["case", "fastest", "faster than optcore, step()"], rows) if rows else (
         "Nowhere in this run.\n"
     )
 
 
-def summary_table(results: Results) -> str:
-    """Return the short table: float32, one thread, the best SIMD level."""
-    rows = []
-    for workload in ("1e6", "5e7"):
-        for job in SHOWN:
-            key = (job, workload, "float32", 1)
-            if key not in results.cases:
-                continue
-            rows.append([
-                title(job, workload),
-                *[number(results.time(key, name)) for name in (LITERAL, OUT, FUNCTION, STEP)],
-                *[number(results.speedup(key, STEP, name), times=True) for name in (LITERAL, OUT)],
-                number(results.bandwidth(key, STEP)),
-            ])
-    return table(
-        [
-            "µs per step, one thread", "NumPy as written", "NumPy `out=`", "optcore function",
-            "optcore `step()`", "against written", "against `out=`", "GB/s",
-        ],
-        rows,
-    )
-
-
-def model_table(results: Results) -> str:
-    """Return whole models: optcore and PyTorch's fastest, by threads."""
+def training_table(results: Results) -> str:
+    """Return steps within a training, by how far apart the cores were."""
+    names = (LITERAL, OUT, FUSED, ALONE, STEP)
     rows = []
     for key in results.cases:
-        if key[1] not in MODELS:
+        for far in ("", FAR):
+            times = [results.time(key, name + far) for name in names]
+            if key[1] in TRAININGS and any(times):
+                trip = figure(results.round_trip(key, far))
+                rows.append([title(*key[:2]), trip, *[figure(time) for time in times]])
+    head = ["µs per step, float32", "round trip, ns", *names]
+    return table(head, rows) if rows else "Not measured in this run.\n"
+
+
+def short_table(results: Results) -> str:
+    """Return the README's table."""
+    rows = []
+    for job, workload, threads in SHORT:
+        n = results.most_threads if threads == "all" else threads
+        key = (job, workload, "float32", n)
+        far = "" if results.time(key, STEP) else FAR
+        if results.time(key, STEP + far) is None:
             continue
+        trip = results.round_trip(key, far)
         rows.append([
-            case_title(key), number(results.time(key, STEP)), number(results.time(key, FUSED)),
-            number(results.speedup(key, STEP, FUSED), times=True),
-            number(results.speedup(key, STEP, LIMIT)),
+            title(job, workload) + (f", {n} threads" if n > 1 else "")
+            + (f", a cache line's round trip {number(trip.median)} ns" if trip else ""),
+            *[figure(results.time(key, name + far)) for name in (LITERAL, FUSED, STEP)],
+            *[
+                figure(results.speedup(key, STEP + far, name + far), times=True)
+                for name in (LITERAL, FUSED)
+            ],
+            figure(results.speedup(key, STEP, LIMIT)),
         ])
-    return table(["µs per step", STEP, FUSED, "ratio", "of the limit"], rows)
+    head = [
+        "µs per step, float32, one thread unless said", "NumPy as written", "PyTorch, fused",
+        "optcore", "against NumPy", "against PyTorch", "of the limit",
+    ]
+    return table(head, rows)
 
 
 # Documents
 
-def between_markers(text: str, begin: str, end: str, content: str) -> str:
-    """Return a text with everything between two markers replaced.
+def between_markers(text: str, mark: str, content: str) -> str:
+    """Return a text with everything from ``<!-- mark:begin -->`` to its end replaced.
 
     Raises
     ------
     ValueError
         Where the markers are not there once each and in their order.
     """
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"markers {begin} and {end} must stand once each, in this order")
     before, rest = text.split(begin)
@@ -264,42 +308,44 @@ def between_markers(text: str, begin: str, end: str, content: str) -> str:
     return f"{before}{begin}\n{content.strip()}\n{end}{after}"
 
 
-def embed(path: Path, begin: str, end: str, content: str) -> None:
-    path.write_text(between_markers(path.read_text(), begin, end, content))
+def embed(path: Path, mark: str, content: str) -> None:
+    path.write_text(between_markers(path.read_text(), mark, content))
 
 
 def footnote(summary: dict[str, Any]) -> str:
     machine = summary["machine"]
     return (
         f"*{machine['CPU']}, {machine['cores']} cores, {machine['caches']}; "
-        f"NumPy {machine['NumPy']}, optcore {machine['optcore']}; {machine['date']}; "
-        "medians, float32.*\n"
+        f"NumPy {machine['NumPy']}, optcore {machine['optcore']}; {machine['date']}. {READING}*\n"
     )
 
 
-def document(summary: dict[str, Any], results: Results) -> str:
-    """Return the whole report of a suite."""
+def outline(summary: dict[str, Any], results: Results) -> str:
+    """Return what a run comes to: who was there, the targets, where others win."""
     suite = summary["suite"]
-    parts = [machine_table(summary["machine"])]
+    parts = []
     if suite == "peers":
         versions = ", ".join(f"{name} {version}" for name, version in summary["peers"].items())
         parts.append(f"Peers: {versions}.\n")
         parts += [
-            f"Absent: {peer}, for want of {' and '.join(modules)}.\n"
-            for peer, modules in summary["absent"].items()
+            f"Absent: {name}, for want of {' and '.join(things)}.\n"
+            for name, things in summary["absent"].items()
         ]
-        if not any(LIMIT in case for case in results.cases.values()):
-            parts.append("Absent: the memory limit, for want of a C compiler.\n")
     if summary["quick"]:
         parts.append("A quick run: few sizes and repeats, figures to be taken as hints.\n")
     parts += ["### Targets\n", target_table(results, suite)]
-    if suite == "engine":
-        parts += ["### In short\n", summary_table(results)]
-    else:
-        parts += ["### Whole models\n", model_table(results)]
+    if suite == "peers":
+        parts += ["### In training\n", training_table(results)]
         parts += ["### Where a peer wins\n", wins_of_peers(results)]
-    parts += ["### All results\n", all_tables(results, suite)]
     return "\n".join(parts)
+
+
+def document(summary: dict[str, Any], results: Results) -> str:
+    """Return the whole report of a suite."""
+    return "\n".join([
+        machine_table(summary["machine"]), READING + "\n", outline(summary, results),
+        "### All results\n", all_tables(results, summary["suite"]),
+    ])
 
 
 def write(
@@ -315,27 +361,24 @@ def write(
     out : pathlib.Path
         A folder that exists.
     readme : pathlib.Path, optional
-        Where the short table goes, between ``<!-- bench:begin -->`` and ``<!-- bench:end -->``
-        for the engine, ``<!-- bench-peers:begin -->`` and ``<!-- bench-peers:end -->`` for peers.
+        Where the short table of the peers suite goes, between ``<!-- bench:begin -->`` and
+        ``<!-- bench:end -->``.
     docs : pathlib.Path, optional
-        Where the full report goes, between ``<!-- engine:begin -->`` or ``<!-- peers:begin -->``
-        and their ends.
+        Where targets and the cases that others win go, between ``<!-- engine:begin -->`` or
+        ``<!-- peers:begin -->`` and their ends. The tables of all results are in the folder.
     """
     from figures import engine_figure, roofline_figure
 
     suite = summary["suite"]
     results = Results(summary["rows"])
-    text = document(summary, results)
-    (out / f"{suite}.md").write_text(text)
+    (out / f"{suite}.md").write_text(document(summary, results))
     if suite == "engine":
         engine_figure(results, summary["machine"], out / "engine.png")
-        short, begin, end = summary_table(results), BEGIN, END
     else:
         roofline_figure(results, summary["machine"], out / "roofline.png")
-        short = model_table(results)
-        begin, end = BEGIN.replace("bench", "bench-peers"), END.replace("bench", "bench-peers")
-    if readme:
-        embed(readme, begin, end, f"{short}\n{footnote(summary)}")
+        if readme:
+            embed(readme, "bench", f"{short_table(results)}\n{OF_THE_LIMIT}\n{footnote(summary)}")
+    text = outline(summary, results)
     if docs:
-        embed(docs, f"<!-- {suite}:begin -->", f"<!-- {suite}:end -->", text)
-    print(text.split("### All results")[0])
+        embed(docs, suite, f"{footnote(summary)}\n{text}")
+    print(f"{text}\n{READING}")

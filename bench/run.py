@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "tests"))     # the reference; under pytest, pytest.ini says so
 
 import report  # noqa: E402
-from machine import describe  # noqa: E402
+from machine import cores, describe  # noqa: E402
 
 
 def parsed() -> argparse.Namespace:
@@ -31,10 +31,10 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def environment(threads: int, cores: int) -> dict[str, str]:
+def environment(threads: int, folder: str) -> dict[str, str]:
     """Return the environment of a run: JAX reads its thread count only as it starts."""
-    limits = {"PJRT_NPROC": str(threads), "NPROC": str(threads)} if threads < cores else {}
-    return {**os.environ, **limits}
+    limits = {"PJRT_NPROC": str(threads), "NPROC": str(threads)} if threads < cores() else {}
+    return {"TORCHINDUCTOR_CACHE_DIR": folder, **os.environ, **limits}
 
 
 def measure(
@@ -60,9 +60,7 @@ def measure(
             f"--benchmark-max-time={0.02 if quick else 0.05}",
         ]
         command += ["--quick"] * quick + (["-k", arguments.only] if arguments.only else [])
-        done = subprocess.run(
-            command, env=environment(threads, os.cpu_count()), check=False
-        )
+        done = subprocess.run(command, env=environment(threads, folder), check=False)
         if done.returncode not in (0, 1) or not output.exists():
             sys.exit(f"the {suite} suite could not run; nothing was written")
         return report.rows_of(json.loads(output.read_text())), done.returncode == 0
@@ -76,8 +74,7 @@ def main() -> None:
     results = out / f"{suite}.json"
     if not arguments.report_only:
         machine = describe()            # before the run adds to the load
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        counts = [1] if suite == "engine" else sorted({1, cores})
+        counts = [1] if suite == "engine" else sorted({1, cores()})
         runs = [measure(suite, threads, arguments) for threads in counts]
         rows = [row for some, _ in runs for row in some]
         agreed = all(agreed for _, agreed in runs)

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from math import prod
 
 Shape = tuple[int, ...]
@@ -42,9 +44,18 @@ def gpt2_small() -> Iterator[Shape]:
     yield from norm
 
 
-def mlp() -> Iterator[Shape]:
-    """Return the shapes of 784-1024-1024-10, a digits classifier."""
-    for into, out in [(784, 1024), (1024, 1024), (1024, 10)]:
+# Networks that are trained while they are measured: widths of the layers, examples in a batch.
+TRAININGS = {
+    # The two-layer network of CS231n's assignments on CIFAR-10's pictures
+    "two-layer net in training": ((3072, 100, 10), 100),
+    # The demo's, on scikit-learn's digits
+    "digits net in training": ((64, 1024, 1024, 10), 64),
+}
+
+
+def dense(*sizes: int) -> Iterator[Shape]:
+    """Return weights and biases of a perceptron."""
+    for into, out in pairwise(sizes):
         yield from [(into, out), (out,)]
 
 
@@ -57,7 +68,7 @@ def many_small() -> Iterator[Shape]:
 _MODELS = {
     "ResNet-50": (resnet50, 161, 25_557_032),
     "GPT-2 small": (gpt2_small, 148, 124_439_808),
-    "MLP": (mlp, 6, 1_863_690),
+    "MLP": (partial(dense, 784, 1024, 1024, 10), 6, 1_863_690),
     "1000 × 256": (many_small, 1000, 256_000),
 }
 
@@ -72,4 +83,6 @@ def checked(name: str) -> list[Shape]:
     return shapes
 
 
-MODELS = {name: checked(name) for name in _MODELS}
+MODELS = {name: checked(name) for name in _MODELS} | {
+    name: list(dense(*sizes)) for name, (sizes, _) in TRAININGS.items()
+}

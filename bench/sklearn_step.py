@@ -10,6 +10,7 @@ import argparse
 import timeit
 
 import numpy as np
+from samples import Sample, figure
 from sklearn.neural_network import _stochastic_optimizers
 
 import optcore
@@ -24,9 +25,8 @@ def run(kind, start, grads, nesterov):
     optimizer = kind(params, 0.001, nesterov=nesterov)
     for _ in range(3):
         optimizer.update_params(params, grads)
-    seconds = min(timeit.repeat(lambda: optimizer.update_params(params, grads), number=20,
-                                repeat=7)) / 20
-    return params, seconds * 1e6
+    seconds = timeit.repeat(lambda: optimizer.update_params(params, grads), number=5, repeat=30)
+    return params, Sample.of(s / 5 * 1e6 for s in seconds)
 
 
 def main():
@@ -46,10 +46,11 @@ def main():
                 for kind in (_stochastic_optimizers.SGDOptimizer, optcore.sklearn.SGDOptimizer)
             )
             assert all(p.tobytes() == q.tobytes() for p, q in zip(a, b, strict=True))
+            ratio = theirs.median / ours.median
             print(
-                f"{dtype} {'nesterov' if nesterov else 'momentum'}: scikit-learn {theirs:.0f}, "
-                f"optcore {ours:.0f}, {theirs / ours:.1f}x"
-                + ("" if theirs >= TARGET * ours else f", target {TARGET:.0f}x missed")
+                f"{dtype} {'nesterov' if nesterov else 'momentum'}: scikit-learn {figure(theirs)}, "
+                f"optcore {figure(ours)}, {ratio:.1f}x"
+                + ("" if ratio >= TARGET else f", target {TARGET:.0f}x missed")
             )
 
 

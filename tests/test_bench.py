@@ -11,13 +11,16 @@ bench = Path(__file__).parents[1] / "bench"
 if not bench.is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 
+import apart  # noqa: E402
 import cases  # noqa: E402
 import contenders  # noqa: E402
 import limit  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
-from targets import TARGETS, Target  # noqa: E402
+import training  # noqa: E402
+from samples import KEPT, Sample, thinned  # noqa: E402
+from targets import FAR, FIELD, FUSED, TARGETS, Target  # noqa: E402
 
 SMALL = "70000"         # more than one period of the data
 MACHINE = {
@@ -26,10 +29,10 @@ MACHINE = {
 }
 
 
-def row(contender, us, *, repeat=0, job="sgd", workload="1e6", threads=1):
+def row(contender, *us, repeat=0, job="sgd", workload="1e6", threads=1, **more):
     return {
         "job": job, "workload": workload, "dtype": "float32", "threads": threads,
-        "repeat": repeat, "contender": contender, "n_bytes": 12_000_000, "us": us,
+        "repeat": repeat, "contender": contender, "n_bytes": 12_000_000, "us": list(us), **more,
     }
 
 
@@ -79,9 +82,11 @@ def test_models_equal_the_reference(contender, job, small_models):
         check(contender, case)
 
 
+COMPILING = ("JAX + optax, donated", "Numba, fastmath", peers.COMPILED)
+
+
 @pytest.mark.parametrize(
-    "contender", [c for c in peers.installed() if "JAX" not in c.name and "Numba" not in c.name],
-    ids=lambda c: c.name,
+    "contender", [c for c in peers.installed() if c.name not in COMPILING], ids=lambda c: c.name
 )
 def test_peers_that_need_no_compiling_are_close(contender, small_models):
     for job in ("sgd", "pipeline"):
@@ -109,7 +114,130 @@ def test_a_missing_peer_is_named_as_absent(monkeypatch, tmp_path):
     }
     text = report.document(summary, report.Results(summary["rows"]))
     assert "Absent: BLAS, for want of no_such_module_as_this." in text
-    assert "Absent: the memory limit" in text
+
+
+def test_what_has_no_compiler_is_named_as_absent_and_skipped(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-cc")
+    monkeypatch.setenv("CXX", "no-such-cxx")
+    absent = peers.absent()
+    assert absent[contenders.LIMIT] == ["a C compiler"]
+    assert absent[peers.COMPILED] == ["a C++ compiler"]
+    case = cases.Case("momentum", "1e6")
+    with pytest.raises(limit.NoCompilerError, match="no-such-cc"):
+        limit.limit_contender(tmp_path).build(case, None)
+    with pytest.raises(limit.NoCompilerError, match="no-such-cxx"):
+        peers.build_compiled(case, None)
+    with pytest.raises(limit.NoCompilerError, match="no-such-cc"):
+        training.round_trip(tmp_path)
+
+
+def test_a_contender_in_a_process_of_its_own():
+    case = cases.Case("momentum", "1000")
+    run = apart.build_apart(case, None, build=contenders.build_step)
+    assert run.calls > 1                    # a step takes a microsecond, a request ten thousand
+    run.step()
+    assert apart.apart(case, contenders.build_step).step == run.step    # one for all repeats
+
+
+def build_another_rule(case, arrays):
+    return contenders.build_out(cases.Case("nesterov", case.workload), arrays)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "match"),
+    [(build_another_rule, AssertionError, "tensor 0"), (None, RuntimeError, "NoneType")],
+)
+def test_errors_of_another_process_are_raised_here(build, error, match):
+    with pytest.raises(error, match=match):
+        apart.build_apart(cases.Case("momentum", "1000"), None, build=build)
+
+
+def test_compiled_steps_are_few():
+    (compiled,) = [
+        c for group in peers._CANDIDATES.values() for c in group if c.name == peers.COMPILED
+    ]
+    taken = [
+        (job, workload) for job in [*cases.RULES, cases.PIPELINE]
+        for workload in [*shapes.MODELS, "1e3", "1e6", "5e7"]
+        if compiled.takes(cases.Case(job, workload, threads=2))
+    ]
+    assert len(taken) == 12
+    assert ("momentum", "ResNet-50") in taken
+    assert not compiled.checked             # here; its own process does
+
+
+@pytest.fixture
+def small_training(monkeypatch):
+    """A network of a few units in the place of the real ones."""
+    sizes = 7, 5, 4, training.CLASSES
+    monkeypatch.setitem(shapes.TRAININGS, "small", (sizes, 16))
+    monkeypatch.setitem(shapes.MODELS, "small", list(shapes.dense(*sizes)))
+    return "small"
+
+
+def train(contender, case):
+    net = training.Training(case)
+    net.reset()
+    it = contender.build(case, net)
+    for _ in range(training.WARM_UP_STEPS + training.TIMED_STEPS):
+        net.backward()
+        it.step()
+    return net
+
+
+@pytest.mark.parametrize("job", ["sgd", "momentum"])
+@pytest.mark.parametrize(
+    "contender",
+    [*contenders.NUMPY, *contenders.OPTCORE[:1], *[
+        c for c in peers.installed() if c.name == FUSED
+    ]], ids=lambda c: c.name,
+)
+def test_trainings_end_with_the_same_parameters(contender, job, small_training):
+    case = cases.Case(job, small_training, threads=2)
+    assert contender.takes(case)            # threads beside the step make a run of their own
+    train(contender, case).check_trained(exact=contender.name != FUSED)
+
+
+def test_a_training_that_went_another_way_is_noticed(small_training):
+    net = train(contenders.NUMPY[0], cases.Case("momentum", small_training))
+    with pytest.raises(AssertionError, match="tensor 0"):
+        training.Training(cases.Case("momentum", small_training)).check_trained(exact=False)
+    net.x[2][0, 0] = np.nextafter(net.x[2][0, 0], 9)
+    net.check_trained(exact=False)
+    with pytest.raises(AssertionError, match="tensor 2"):
+        net.check_trained(exact=True)
+
+
+def test_a_backward_pass_is_the_gradient_of_the_loss(small_training):
+    net = training.Training(cases.Case("sgd", small_training, "float64"))
+    net.reset()
+    for x in net.x:
+        x += 0.1        # away from units that are at 0 exactly, where there is no slope
+    net.backward()
+    images, labels = net._images[: net.batch], net._labels[: net.batch]
+
+    def loss():
+        z = images
+        for i, (weights, bias) in enumerate(zip(net.x[::2], net.x[1::2], strict=True)):
+            z = (np.maximum(z, 0) if i else z) @ weights + bias
+        return np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels])
+
+    for x, g in zip(net.x, net.g, strict=True):
+        at = np.unravel_index(np.abs(g).argmax(), g.shape)
+        middle, slopes = x[at], []
+        for step in (1e-6, -1e-6):
+            x[at] = middle + step
+            slopes.append(loss())
+        x[at] = middle
+        assert (slopes[0] - slopes[1]) / 2e-6 == pytest.approx(g[at], rel=1e-5, abs=0)
+
+
+def test_round_trip(tmp_path):
+    try:
+        nanoseconds = training.round_trip(tmp_path)
+    except limit.NoCompilerError as reason:
+        pytest.skip(str(reason))
+    assert nanoseconds is None or nanoseconds > 1
 
 
 @pytest.mark.parametrize("job", ["sgd", "momentum", "pipeline"])
@@ -130,9 +258,59 @@ def test_the_limit_sweeps_every_element(job, dtype, tmp_path):
 
 def test_rows_leave_the_rounds_out():
     raw = {"benchmarks": [{
-        "extra_info": {**row("it", 0), "calls": 10}, "stats": {"median": 5e-5, "data": [1, 2]},
+        "extra_info": {**row("it"), "calls": 10}, "stats": {"data": [7e-5, 5e-5]},
+    }, {
+        "extra_info": {"round_trip": 60}, "stats": {"data": [1]},      # trained something else
     }]}
-    assert report.rows_of(raw) == [row("it", 5.0)]
+    assert report.rows_of(raw) == [row("it", 5.0, 7.0)]
+
+
+def test_rounds_are_thinned_evenly():
+    assert thinned([3, 1, 2]) == [1, 2, 3]
+    assert thinned(reversed(range(9 * 100))) == [50 + 100 * i for i in range(KEPT)]
+
+
+def test_quartiles():
+    sample = Sample.of([5, 1, 2, 4, 3])
+    assert (sample.low, sample.median, sample.high) == (2, 3, 4)
+    assert report.figure(sample) == "3.00 (2.00–4.00)"
+    assert report.figure(sample, times=True) == "3.00× (2.00–4.00)"
+    assert report.figure(None) == "–"
+
+
+ONE_MODE = {
+    "normal": lambda rng, n: rng.normal(1, 0.1, n),
+    "uniform": lambda rng, n: rng.uniform(0.8, 1.2, n),
+    "tail": lambda rng, n: 1 + rng.exponential(0.2, n),
+    "equal": lambda rng, n: np.ones(n),
+    "one outlier": lambda rng, n: np.r_[np.full(n - 1, 1.0), 9.0],
+}
+
+
+@pytest.mark.parametrize("n", [1, 18, 27, 54])
+@pytest.mark.parametrize("draw", ONE_MODE.values(), ids=ONE_MODE)
+def test_one_mode_is_not_flagged(draw, n):
+    rng = np.random.default_rng(5)
+    flagged = sum(Sample.of(draw(rng, n)).bimodal for _ in range(100))
+    assert flagged <= 5
+
+
+@pytest.mark.parametrize("n", [9, 27, 54])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_two_modes_are_flagged(share, n):
+    rng = np.random.default_rng(5)
+    second = round(share * n)
+    flagged = 0
+    for _ in range(100):
+        near, far = rng.normal(340, 8, n - second), rng.normal(2280, 40, second)
+        flagged += Sample.of([*near, *far]).bimodal
+    assert flagged >= 95
+    assert "†" in report.figure(Sample.of([340.0] * (n - second) + [2280.0] * second))
+
+
+def test_modes_that_hardly_differ_are_one():
+    assert not Sample.of([100, 100, 100, 105, 105, 105]).bimodal
+    assert Sample.of([100, 100, 100, 115, 115, 115]).bimodal
 
 
 def test_ratios_are_taken_repeat_by_repeat():
@@ -141,24 +319,90 @@ def test_ratios_are_taken_repeat_by_repeat():
         row("a", 10), row("b", 20), row("a", 20, repeat=1), row("b", 40, repeat=1),
     ])
     key = ("sgd", "1e6", "float32", 1)
-    assert results.speedup(key, "a", "b") == 2
-    assert results.time(key, "a") == 15
-    assert results.bandwidth(key, "a") == pytest.approx(800)
+    ratio = results.speedup(key, "a", "b")
+    assert (ratio.low, ratio.median, ratio.high) == (2, 2, 2)
+    assert results.time(key, "a").median == 15
+    assert results.bandwidth(key, "a").median == pytest.approx(900)
     assert results.speedup(key, "a", "absent") is None
+
+
+def test_a_ratio_compares_every_round_with_every_round():
+    results = report.Results([row("a", 1, 2), row("b", 4, 8)])
+    assert results.speedup(("sgd", "1e6", "float32", 1), "a", "b").values == (2, 4, 4, 8)
 
 
 def test_a_target_is_judged_by_its_closest_opponent():
     results = report.Results([row("a", 10), row("b", 20), row("c", 15)])
     target = Target("peers", "sgd", "1e6", "a", ("b", "c", "absent"), 1.6)
-    assert results.judge(target) == (1.5, "c")
+    ratio, name = results.judge(target)
+    assert (ratio.median, name) == (1.5, "c")
     assert results.judge(Target("peers", "sgd", "1e9", "a", ("b",), 1.6)) is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "verdict"), [((8, 9, 9.5), "**missed**"), ((8, 9, 10.5), "held")]
+)
+def test_within_the_spread_nobody_is_faster(theirs, verdict, monkeypatch):
+    target = Target("peers", "sgd", "1e6", "a", ("b",), 1.0, within_spread=True)
+    monkeypatch.setattr(report, "TARGETS", [target])
+    results = report.Results([row("a", 9.8, 10, 10.2), row("b", *theirs)])
+    assert results.judge(target)[0].median < 1
+    text = report.target_table(results, "peers")
+    assert "1.00× within the spread" in text
+    assert f"{verdict} |" in text
+
+
+def test_what_the_machine_decides_is_held_to_the_limit_and_the_field():
+    for job, workload, who, threads in [
+        ("sgd", "1e6", contenders.STEP, 1), ("sgd", "1e6", contenders.FUNCTION, 1),
+        ("momentum", "ResNet-50", contenders.STEP, "all"),
+    ]:
+        mine = {
+            (t.than, t.at_least, t.within_spread) for t in TARGETS
+            if (t.suite, t.job, t.workload, t.who, t.threads)
+            == ("peers", job, workload, who, threads)
+        }
+        assert {((contenders.LIMIT,), 0.95, False), (FIELD, 1.0, True)} <= mine
+        assert (FUSED,) not in [than for than, *_ in mine]
+
+
+def trained_rows(*round_trips):
+    return [
+        row(
+            name, us * (5 if trip and trip > 100 else 1), repeat=repeat, job="momentum",
+            workload="digits net in training", threads=2,
+            **{"round_trip": trip} if trip else {},
+        )
+        for repeat, trip in enumerate(round_trips)
+        for name, us in [
+            (contenders.LITERAL, 700), (contenders.STEP, 300), (contenders.ALONE, 310),
+        ]
+    ]
+
+
+def test_trainings_are_told_apart_by_how_far_the_cores_are():
+    results = report.Results(trained_rows(60, 62, 350))
+    lines = report.training_table(results).splitlines()[2:]
+    assert len(lines) == 2
+    assert "| 61.0 (60.0–62.0) | 700 (700–700) |" in lines[0]
+    assert "| 350 (350–350) | 3,500 (3,500–3,500) |" in lines[1]
+    (target,) = [t for t in TARGETS if t.who == contenders.STEP + FAR]
+    ratio, _ = results.judge(target)
+    assert ratio.median == pytest.approx(1 / 5)     # no repeat had both, and yet it is judged
+    assert report.Results(trained_rows(60)).judge(target) is None
+
+
+def test_the_short_table_shows_a_training_as_it_was():
+    for trips, text in [((350,), "round trip 350 ns | 3,500"), ((60, 350), "round trip 60.0 ns"),
+                        ((None,), "digits net in training, 2 threads | 700")]:
+        assert text in report.short_table(report.Results(trained_rows(*trips)))
 
 
 def test_targets_name_contenders_that_exist():
     ours = [*contenders.ENGINE, *contenders.OPTCORE, contenders.OPTCORE_ALONE]
     names = {contender.name for contender in ours} | {contenders.LIMIT, *peers.NAMES}
     for target in TARGETS:
-        assert {target.who, *target.than} <= names
+        assert {target.who.removesuffix(FAR), *target.than} <= names
 
 
 @pytest.mark.parametrize("suite", ["engine", "peers"])
@@ -182,7 +426,7 @@ def test_report(suite, tmp_path):
     for name in ("README.md", "docs.md"):
         documents.append(tmp_path / name)
         markers = {
-            "README.md": ["bench", "bench-peers"], "docs.md": ["engine", "peers"],
+            "README.md": ["bench"], "docs.md": ["engine", "peers"],
         }[name]
         documents[-1].write_text(
             "before\n" + "".join(f"<!-- {m}:begin -->\nold\n<!-- {m}:end -->\n" for m in markers)
@@ -190,20 +434,26 @@ def test_report(suite, tmp_path):
     report.write(summary, tmp_path, *documents)
     report.write(summary, tmp_path, *documents)      # nothing piles up
     text = (tmp_path / f"{suite}.md").read_text()
-    assert "| optcore, step() | 80.0 | 150 |" in text
+    assert "| optcore, step() | 80.0 (80.0–80.0) | 150 (150–150) |" in text
     assert "2.00×" in text
+    assert report.READING in text
     picture = tmp_path / ("engine.png" if suite == "engine" else "roofline.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    for document in documents:
-        content = document.read_text()
-        assert content.startswith("before\n")
-        assert content.count("old") == 1        # the other suite's place is left alone
-        assert content.count("| --- |") >= 1
+    readme, docs = (document.read_text() for document in documents)
+    assert readme.startswith("before\n")
+    assert readme.count("old") == (suite == "engine")       # the README is the peers' suite's
+    if suite == "peers":
+        assert "*Of the limit*" in readme
+        assert 4 <= readme.count("\n|") <= 11
+    assert docs.startswith("before\n")
+    assert docs.count("old") == 1           # the other suite's place is left alone
+    assert "### Targets" in docs
+    assert "All results" not in docs        # the full tables are in one place
 
 
 def test_markers_must_be_there():
     with pytest.raises(ValueError, match="bench:begin"):
-        report.between_markers("nothing", report.BEGIN, report.END, "x")
+        report.between_markers("nothing", "bench", "x")
 
 
 def test_json_goes_round():
