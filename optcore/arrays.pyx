@@ -88,6 +88,7 @@ cdef ndarray as_ndarray(object array, bint written, Label label):
         return <ndarray>array
     if isinstance(array, np.generic) and not written:
         array = np.asarray(array)
+        array.flags.writeable = False       # a copy: what were written to it would be lost
     elif not PyArray_Check(array):      # isinstance would believe a proxy's __class__
         array = view_of(array, written, label)
     if isinstance(array, np.ma.MaskedArray):

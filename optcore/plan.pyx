@@ -32,7 +32,7 @@ from optcore.structure cimport Nest, Roots
 from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
 from optcore.table cimport Step, Table, rule_named
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 
@@ -269,7 +269,7 @@ cdef class Plan(Table):
         cdef Py_ssize_t k
         cdef double total = 0
         cdef double *at
-        if isinstance(weights, (str, bytes)) or not isinstance(weights, Iterable):
+        if isinstance(weights, (str, bytes, Mapping, Set)) or not isinstance(weights, Iterable):
             raise TypeError(
                 f"weights must be a sequence of {n} numbers, got {type(weights).__name__}"
             )
@@ -286,6 +286,10 @@ cdef class Plan(Table):
         at = <double *>self._weights.at
         for k in range(n):
             at[k] = <double>given[k] / total
+            if at[k] == 0 and <double>given[k] != 0:
+                raise ValueError(
+                    f"weights[{k}] / sum(weights) must not vanish, got {given[k]!r} / {total!r}"
+                )
             if self._any_float32:
                 check_rounding(row_named("grad_scale"), at[k], f"weights[{k}] / sum(weights)")
         return at if n > 1 else NULL
@@ -547,8 +551,8 @@ cdef object add_up(Plan self, object grads, object _, object __):
     self._look_at_bound()
     if self._bound_scattered:
         raise ValueError(
-            "grads must lie as their parameters do where accumulate() adds into them, got one "
-            "that lies otherwise: bind np.zeros_like(p)"
+            f"{spell(self._label(b'grads', self._scattered_one()))} must be an array that lies as "
+            "its parameter does where accumulate() adds to it: bind np.zeros_like(p)"
         )
     sets = [self._listed(grads, self._nest, "grads")]
     step.zeroing = False
@@ -648,15 +652,17 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     grown._norm = Norm()
     grown._group_list = self._group_list
     grown.param_groups = grown._lay(groups, nest, self._rule_given)
+    states = [None if arrays is None else arrays + grown._allocated(n) for arrays in self._states]
+    averages = None if self._averages is None else self._averages + grown._allocated(n)
     grown._lent = None if self._lent is None else self._lent + (None,) * (grown._n - n)
     grown._velocity_roots = self._velocity_roots
     for i in range(n):
         grown._slots[i].first_step = self._slots[i].first_step
-    for k, arrays in enumerate(self._states):
+    for k, arrays in enumerate(states):
         if arrays is not None:
-            grown._install_state(k, arrays + grown._allocated(n))
-    if self._averages is not None:
-        grown._install_averages(self._averages + grown._allocated(n), n)
+            grown._install_state(k, arrays)
+    if averages is not None:
+        grown._install_averages(averages, n)
     grown._adopt(grown.param_groups, {})
     if velocities is not None:
         grown._velocity_roots = self._velocity_roots.grown(velocities, own, n)

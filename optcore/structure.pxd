@@ -27,4 +27,5 @@ cdef class Roots:
     cdef Watch watch                # over what they held when that was last taken over
     cdef Roots grown(self, object container, Nest nest, Py_ssize_t first)
     cdef tuple read(self, Py_ssize_t n, Watch watch)
+    cdef list _taken(self, Py_ssize_t n, Watch watch)
     cdef bint changed(self) except -1

@@ -11,7 +11,7 @@ from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from optcore.arrays import is_array
+from optcore.arrays import in_one_place, is_array
 
 cdef enum:
     MOST_TOLD = 5
@@ -201,6 +201,17 @@ cdef class Roots:
 
     cdef tuple read(self, Py_ssize_t n, Watch watch):
         """The n arrays that are in the containers now, which `watch` notes."""
+        cdef list into = self._taken(n, watch)
+        if watch.changed():     # since a moment ago
+            for one, other in zip(into, self._taken(n, Watch()), strict=True):
+                if one is not other and is_array(one) and not in_one_place(one, other):
+                    raise ValueError(
+                        f"{self._what} must give the same array at each access, got a container "
+                        "that makes them anew: keep a dict or a list of its arrays"
+                    )
+        return tuple(into)
+
+    cdef list _taken(self, Py_ssize_t n, Watch watch):
         cdef Nest nest
         cdef list into = [None] * n
         for container, nest, first in self.given:
@@ -210,7 +221,7 @@ cdef class Roots:
                 nest._refuse_kind(container, self._what)
             else:
                 nest.take(container, self._what, into, watch)
-        return tuple(into)
+        return into
 
     cdef Roots grown(self, object container, Nest nest, Py_ssize_t first):
         """These and one more."""

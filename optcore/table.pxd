@@ -87,6 +87,7 @@ cdef class Table:
         self, Py_ssize_t i, Py_ssize_t k, object gradient, tuple names, Step *step, Stream *stream
     ) except -1
     cdef int _gather(self, list sets, tuple names, bint written) except -1
+    cdef Py_ssize_t _scattered_one(self) except -1
     cdef int _zero_scattered(self) except -1
     cdef int _refuse_shared(self, tuple names) except -1
     cdef void _add_other(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept

@@ -519,6 +519,14 @@ cdef class Table:
             sets[k] = tuple(gathered)
         return 0
 
+    cdef Py_ssize_t _scattered_one(self) except -1:
+        """The first of the bound gradients that is not where a sweep can write it."""
+        cdef Py_ssize_t i
+        for i in range(self._n):
+            if self._bound[i] is not None and self._slots[i].bound == NULL:
+                return i
+        return 0
+
     cdef int _zero_scattered(self) except -1:
         """Zero the gradients that a sweep has read from buffers."""
         cdef list arrays = self._to_zero
@@ -533,15 +541,24 @@ cdef class Table:
         cdef Step step
         cdef Watch watch = Watch()
         cdef list sets = [roots.read(self._n, watch)]
+        cdef dict scalars = {i: as_ndarray(gradient, False, self._label(b"grads", i))
+                             for i, gradient in enumerate(sets[0])
+                             if isinstance(gradient, np.generic)}
+        for i, scalar in scalars.items():       # which can be read, but not written
+            if not fits(<ndarray>scalar, <ndarray>self._params[i], False):
+                refuse_misfit(<ndarray>scalar, <ndarray>self._params[i], False,
+                              self._label(b"grads", i))
+        sets[0] = tuple([None if i in scalars else gradient for i, gradient in enumerate(sets[0])])
         step.zeroing = True
         step.weights = NULL
         self._view(sets, GRADS, True)
         self._take(sets, GRADS, &step)
         sums = zeroed(self._n, sizeof(Tensor))
+        bound = tuple([scalars.get(i, gradient) for i, gradient in enumerate(sets[0])])
         # Nothing from here on can fail
         self._sums = sums
-        self._bound = sets[0]
-        self._bound_scattered = step.scattered
+        self._bound = bound
+        self._bound_scattered = step.scattered or len(scalars) > 0
         for i in range(self._n):
             self._slots[i].bound = NULL if self._bound[i] is None or not fits(
                 <ndarray>self._bound[i], <ndarray>self._params[i], True

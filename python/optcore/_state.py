@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -135,7 +135,7 @@ class State:
 
     def _places_by_name(self, saved_groups: list[Any]) -> list[tuple[int, int] | None]:
         """Return of each parameter the saved group and the number under its name; None for none."""
-        places = {}
+        places: dict[Any, tuple[int, int]] = {}
         for g, saved in enumerate(saved_groups):
             names, numbers = saved.get("param_names"), saved.get("params")
             if names is None or not isinstance(numbers, list) or len(numbers) != len(names):
@@ -143,7 +143,14 @@ class State:
                     f"state_dict['param_groups'][{g}] must name its parameters to be loaded by "
                     f"name, got param_names={names!r}"
                 )
-            places.update({name: (g, i) for name, i in zip(names, numbers, strict=True)})
+            for name, i in zip(names, numbers, strict=True):
+                if not isinstance(name, Hashable):
+                    raise TypeError(
+                        f"state_dict['param_groups'][{g}]['param_names'] must be names, got {name!r}"
+                    )
+                if name in places:
+                    raise ValueError(f"state_dict must have each name once, got {name!r} twice")
+                places[name] = g, i
         own = self.opt._names
         if None in own:
             raise ValueError(

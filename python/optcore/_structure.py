@@ -41,7 +41,7 @@ def unnested(params: Any, what: str, first: int) -> tuple[list[Any], list[Any] |
         )
     arrays: list[Any] = []
     names: list[Any] = []
-    nest = _nest(params, what, arrays, names, (), first)
+    nest = _nest(params, what, arrays, names, (), first, ())
     deep = any(isinstance(entry, Nest) for entry in nest.entries)
     if deep:
         return arrays, [".".join(map(str, path)) for path in names], nest
@@ -50,12 +50,18 @@ def unnested(params: Any, what: str, first: int) -> tuple[list[Any], list[Any] |
 
 def _nest(
     container: Any, what: str, arrays: list[Any], names: list[Any], path: tuple[Any, ...],
-    first: int,
+    first: int, around: tuple[Any, ...],
 ) -> Nest:
+    if any(container is other for other in around):
+        raise ValueError(f"{what} must not hold itself")
+    if isinstance(container, Iterator):
+        raise TypeError(
+            f"{what} must be an array, a sequence or a mapping, got {type(container).__name__}"
+        )
     mapping = isinstance(container, Mapping)
     keys = tuple(container) if mapping else None
     held = [container[key] for key in keys] if keys is not None else list(container)
-    if type(container) not in (dict, list, tuple) and not isinstance(container, Iterator):
+    if type(container) not in (dict, list, tuple):
         again = [container[key] for key in keys] if keys is not None else list(container)
         for key, one, other in zip(keys or range(len(held)), held, again, strict=True):
             if one is not other and is_array(one) and not in_one_place(one, other):
@@ -68,7 +74,9 @@ def _nest(
     entries: list[int | Nest] = []
     for key, entry in zip(keys or range(len(held)), held, strict=True):
         if not is_array(entry) and (isinstance(entry, Mapping) or is_sequence(entry)):
-            entries.append(_nest(entry, f"{what}[{key!r}]", arrays, names, (*path, key), first))
+            entries.append(_nest(
+                entry, f"{what}[{key!r}]", arrays, names, (*path, key), first, (*around, container)
+            ))
             continue
         entries.append(first + len(arrays))
         arrays.append(entry)

@@ -1,7 +1,7 @@
 """The optimizer: groups, structure and state around the compiled plan."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from typing import Any, TypeVar
 
 import numpy as np
@@ -199,7 +199,7 @@ class SGD(Plan):
         options: dict[str, Any], now: list[dict[str, Any]] | None = None,
     ) -> None:
         """Build from what was given; `now` are the groups' options, where they changed since."""
-        if isinstance(params, Iterator):    # which a copy of this optimizer could not read again
+        if isinstance(params, (Iterator, ValuesView)):      # which no copy could read again
             params = list(params)
         groups, structure = read_groups(params, defaults)
         for group, changed in zip(groups, now or (), strict=False):
@@ -268,7 +268,7 @@ class SGD(Plan):
             "groups": [{key: value for key, value in group.items() if key not in own}
                        for group in copied["param_groups"]],
             "copied": {key: copied[key] for key in ("state", "options", "step_count", "skipped")},
-            "own": getattr(self, "__dict__", {}),      # a subclass's
+            "own": {**getattr(self, "__dict__", {}), **_slots_of(self)},    # a subclass's
         }
         return _unbuilt, (type(self),), state
 
@@ -402,7 +402,9 @@ class SGD(Plan):
             that would overflow; with `by_name` for parameters without names, or where none is
             found. Nothing has changed then.
         """
-        state = State(self, state_dict, by_name)
+        if not isinstance(by_name, (bool, np.bool_)):
+            raise TypeError(f"by_name must be True or False, got {by_name!r}")
+        state = State(self, state_dict, bool(by_name))
         state.apply()
         return state.not_found
 
@@ -543,6 +545,13 @@ class SGD(Plan):
     def _read(cls, path: checkpoint.FilePath, more: Mapping[str, Any]) -> dict[str, Any]:
         """Read a checkpoint for an optimizer whose constructor will be given `more`."""
         return checkpoint.read(path)
+
+
+def _slots_of(opt: SGD) -> dict[str, Any]:
+    """Return what stands in the slots that a subclass has added."""
+    added = type(opt).__mro__[: type(opt).__mro__.index(SGD)]
+    names = [name for kind in added for name in vars(kind).get("__slots__", ())]
+    return {name: getattr(opt, name) for name in names if hasattr(opt, name)}
 
 
 def _unbuilt(cls: type[SGD]) -> SGD:
