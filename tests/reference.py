@@ -28,6 +28,8 @@ class Options:
     grad_scale: float = 1.0
     clip_value: float | None = None
     first_step: bool = False
+    dampen_first: bool = False          # a first step is then damped as any other
+    flush_subnormals: bool = False
 
 
 def direction(x, g, o):
@@ -80,6 +82,8 @@ class Rule:
         with np.errstate(all="ignore"):     # the engine does not warn either
             results = self.equation(shrunk(x, o), direction(x, g, o), *states, o)
         x, *states = (np.array(result) for result in results)
+        if o.flush_subnormals:
+            states = [flushed(state) for state in states]
         return x, states
 
     @property
@@ -94,6 +98,8 @@ class Rule:
             key: value for key, value in vars(o).items()
             if value != getattr(default, key) or key in self.scalars
         }
+        if o.dampening and not o.dampen_first:
+            keywords["first_step"] = o.first_step       # must be said
         return keywords | ({"lr_in_velocity": True} if self.lr_in_velocity else {})
 
     def step(self, x, g, states, o):
@@ -139,7 +145,7 @@ def momentum(x, d, v, o):
     real = x.dtype.type
     if o.dampening == 0:
         v = real(o.momentum) * v + d
-    elif o.first_step:
+    elif o.first_step and not o.dampen_first:
         v = d
     else:
         v = real(o.momentum) * v + real(1 - o.dampening) * d
@@ -172,6 +178,23 @@ def nesterov_lr_in_velocity(x, d, v, o):
     v = real(o.momentum) * v - real(o.lr) * d
     x = x + (real(o.momentum) * v - real(o.lr) * d)
     return x, v
+
+
+def flushed(state):
+    """Return a state with 0 in place of what is below the smallest normal number."""
+    return np.where(np.abs(state) < np.finfo(state.dtype).tiny, state.dtype.type(0), state)
+
+
+def weighted(replicas, weights):
+    """Return the weighted mean of one gradient of each replica; `grad_scale` follows."""
+    real = replicas[0].dtype.type
+    total = 0.0
+    for w in weights:
+        total = total + float(w)
+    s = real(float(weights[0]) / total) * replicas[0]
+    for w, g in zip(weights[1:], replicas[1:], strict=True):
+        s = s + real(float(w) / total) * g
+    return s
 
 
 def averaged(e, x, decay):

@@ -77,14 +77,22 @@ def plain_options(rule, **others):
 
 
 def all_options(rule):
-    """Every combination of the options that this rule has."""
+    """Every combination of the options that this rule has, but for two that take turns.
+
+    States are flushed in about every other one; a step that is damped is a later one, or a first
+    one with `dampen_first`.
+    """
     decays = [(0.0, False), (0.01, False), (0.01, True)]
     dampenings = [(0.0, False)]
     if rule.dampens:
         dampenings += [(0.25, False), (0.25, True)]
+    turns = itertools.cycle(        # five: no other number here is, so that all pairs meet
+        [(False, False), (True, True), (False, True), (True, False), (True, True)])
     for (decay, decoupled), maximize, scale, clip, (dampening, first) in itertools.product(
         decays, [False, True], [1.0, 0.3], [None, 0.5], dampenings
     ):
+        flush, dampen_first = next(turns)
+        dampen_first = dampen_first and dampening != 0 and not first
         yield plain_options(
             rule,
             weight_decay=decay,
@@ -93,7 +101,9 @@ def all_options(rule):
             grad_scale=scale,
             clip_value=clip,
             dampening=dampening,
-            first_step=first,
+            first_step=first or dampen_first,
+            dampen_first=dampen_first,
+            flush_subnormals=flush and bool(rule.states),
         )
 
 
@@ -103,6 +113,12 @@ def draw(rule, rng, shape, dtype, order="C"):
         np.array(rng.standard_normal(shape), dtype, order=order)
         for _ in ("x", "g", *rule.states)
     ]
+
+
+def draw_tiny(rule, rng, n, dtype):
+    """As `draw`, but about half of the places hold values around the smallest normal number."""
+    scale = np.where(rng.random(n) < 0.5, np.finfo(dtype).tiny, 1).astype(dtype)
+    return [values * scale for values in draw(rule, rng, n, dtype)]
 
 
 def step_agrees(rule, x, g, states, options):
@@ -131,7 +147,7 @@ def test_offsets(rule, dtype, n, rng, cases):
 @pytest.mark.parametrize("n", LENGTHS)
 def test_options(rule, dtype, n, rng, cases):
     """Every combination of options at every length and level, each array at every offset."""
-    placed = [Placed(values) for values in draw(rule, rng, n, dtype)]
+    placed = [Placed(values) for values in draw_tiny(rule, rng, n, dtype)]
     for k, options in enumerate(all_options(rule)):
         others = tuple(k * (2 * i + 1) % len(p.offsets) for i, p in enumerate(placed))
         where = each_then_all(placed, others) if n <= 100 else [others]
@@ -157,12 +173,15 @@ def test_special_values(rule, dtype, rng, cases, simd_level):
 @by_rule
 def test_many_steps_stay_equal(rule, dtype, rng, cases, simd_level):
     """A thousand steps, into the subnormals that a velocity decays to under zero gradients."""
-    options = plain_options(rule)
-    x, g, *states = draw(rule, rng, 67, dtype)
-    zero = np.zeros_like(g)
-    cases(all(
-        step_agrees(rule, x, g if k < 3 else zero, states, options) for k in range(1000)
-    ))
+    for flush in [False, True] if rule.states else [False]:
+        options = plain_options(rule, flush_subnormals=flush)
+        x, g, *states = draw(rule, rng, 67, dtype)
+        zero = np.zeros_like(g)
+        cases(all(
+            step_agrees(rule, x, g if k < 3 else zero, states, options) for k in range(1000)
+        ))
+        if dtype == "float32":
+            assert all(bool(v.any()) is not flush for v in states)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -189,17 +208,21 @@ fraction = st.floats(0, 0.96875, width=32).filter(lambda value: value == 0 or va
         Options, lr=hyper, momentum=fraction, dampening=fraction, weight_decay=hyper,
         decoupled_weight_decay=st.booleans(), maximize=st.booleans(),
         grad_scale=hyper.filter(bool), clip_value=st.none() | hyper, first_step=st.booleans(),
+        dampen_first=st.booleans(), flush_subnormals=st.booleans(),
     ),
+    exponents=st.just((-6, 6)) | st.just((-44, -36)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_anything(rule, dtype, level, n, starts, options, seed):
+def test_anything(rule, dtype, level, n, starts, options, exponents, seed):
     if not rule.has_momentum:
         options = replace(options, momentum=0.0)
     if not rule.dampens:
-        options = replace(options, dampening=0.0, first_step=False)
+        options = replace(options, dampening=0.0, first_step=False, dampen_first=False)
+    if not rule.states:
+        options = replace(options, flush_subnormals=False)
     rng = np.random.default_rng(seed)
     x, g, *states = (
-        (rng.standard_normal(n + start) * 10.0 ** rng.integers(-6, 6)).astype(dtype)[start:]
+        (rng.standard_normal(n + start) * 10.0 ** rng.integers(*exponents)).astype(dtype)[start:]
         for start in starts[: 2 + len(rule.states)]
     )
     with simd(level):

@@ -1,0 +1,152 @@
+"""An optimizer followed in NumPy, with all that a step may hold; what a refusal may not touch."""
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+from test_plan import norm
+
+from reference import RULES_BY_ID, Options, averaged, same_bits, weighted
+
+OPTIONS = [name for name in vars(Options()) if name not in ("grad_scale", "first_step")]
+
+
+def draw(rng, *shapes, dtype=np.float32, order="C"):
+    return [np.array(rng.standard_normal(shape), dtype, order=order) for shape in shapes]
+
+
+def leaves(nest):
+    """The arrays of a nest, and its Nones, from left to right; mappings in their order."""
+    if isinstance(nest, (dict, list, tuple)):
+        items = nest.values() if isinstance(nest, dict) else nest
+        return [leaf for item in items for leaf in leaves(item)]
+    return [nest]
+
+
+def like(nest, make):
+    """The nest with `make` of each of its arrays."""
+    if isinstance(nest, dict):
+        return {key: like(item, make) for key, item in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return type(nest)(like(item, make) for item in nest)
+    return make(nest)
+
+
+def rule_of(options):
+    if options["momentum"] == 0:
+        return RULES_BY_ID["sgd"]
+    name = "nesterov" if options["nesterov"] else "momentum"
+    return RULES_BY_ID[name + ("_lr_in_velocity" if options["lr_in_velocity"] else "")]
+
+
+class Twin:
+    """What `opt` must hold: built before its first step, stepped beside it, compared by `check`.
+
+    Options are those of `opt`, as its groups and attributes have them when the twin steps.
+    `velocities` are leaves, those that the caller has given, or None.
+    """
+
+    def __init__(self, opt, velocities=None):
+        self.opt = opt
+        self.params, self.velocities, self.averages, self.started = [], [], [], []
+        self.count = self.skipped = 0
+        self.grow(velocities)
+
+    def grow(self, velocities=None):
+        """Follow the parameters that `opt` has more."""
+        more = self.live[len(self.params) :]
+        for p, v in zip(more, velocities or [None] * len(more), strict=True):
+            self.params.append(p.copy())
+            self.averages.append(p.copy())
+            self.velocities.append(np.zeros_like(p) if v is None else v.copy())
+            self.started.append(v is not None and bool(v.any()))
+
+    def of(self, opt):
+        """Return a twin of a copy of the optimizer."""
+        twin = copy.copy(self)
+        twin.opt = opt
+        for name in ("params", "velocities", "averages", "started"):
+            setattr(twin, name, list(getattr(self, name)))
+        return twin
+
+    @property
+    def live(self):
+        return [p for group in self.opt.param_groups for p in group["params"]]
+
+    def step(self, grads, grad_scale=1.0):
+        """`grads` are leaves: one for each parameter, or None. Return whether it was applied."""
+        opt, now = self.opt, lambda value: value(self.count) if callable(value) else value
+        grads = [None if g is None else np.array(g, order="F" if p.flags.fnc else "C")
+                 for g, p in zip(grads, self.live, strict=True)]
+        flat = [None if g is None else g.ravel("K") for g in grads]
+        self.norm = norm(flat, grad_scale) if (
+            opt.track_grad_norm or opt.max_norm is not None) else None
+        if opt.skip_nonfinite and not all(g is None or np.isfinite(g).all() for g in grads):
+            self.skipped += 1
+            return False
+        if opt.max_norm is not None:
+            bound = opt.max_norm / (self.norm + 1e-6)
+            grad_scale = grad_scale * float(np.minimum(1.0, bound))     # NaN stays NaN
+        groups = [{name: now(group[name]) for name in [*OPTIONS, "nesterov", "lr_in_velocity"]}
+                  for group in opt.param_groups for _ in group["params"]]
+        for i, (g, group) in enumerate(zip(grads, groups, strict=True)):
+            if g is None:
+                continue
+            rule = rule_of(group)
+            options = Options(**{name: group[name] for name in OPTIONS}, grad_scale=grad_scale,
+                              first_step=not self.started[i])
+            self.params[i], states = rule.reference(
+                self.params[i], g, [self.velocities[i]] if rule.states else [], options)
+            if states:
+                self.velocities[i], self.started[i] = states[0], True
+            if opt.ema_decay is not None:
+                self.averages[i] = averaged(self.averages[i], self.params[i], now(opt.ema_decay))
+        self.count += 1
+        return True
+
+    def step_replicas(self, replicas, weights=None, grad_scale=1.0):
+        """`replicas` are lists of leaves."""
+        def mean(gs):
+            if gs[0] is None:
+                return None
+            if weights is not None:
+                return weighted(gs, weights)
+            total = gs[0]
+            for g in gs[1:]:
+                total = total + g
+            return total
+
+        with np.errstate(all="ignore"):
+            means = [mean(gs) for gs in zip(*replicas, strict=True)]
+        return self.step(means, grad_scale if weights is not None else grad_scale / len(replicas))
+
+    def check(self):
+        state = self.opt.state_dict()
+        assert (state["step_count"], state["skipped"]) == (self.count, self.skipped)
+        entries = state["state"].values()
+        for i, (p, entry) in enumerate(zip(self.live, entries, strict=True)):
+            assert same_bits(p, self.params[i]), i
+            v, average = entry["velocity"], entry["ema"]
+            assert not self.velocities[i].any() if v is None else (
+                same_bits(v, self.velocities[i])), i
+            assert (average is None) is (self.opt.ema_decay is None)
+            assert average is None or same_bits(average, self.averages[i]), i
+            assert entry["first_step"] is not self.started[i], i
+
+
+def frozen(thing):
+    """The thing as something to compare: arrays by their bytes, functions by identity."""
+    if isinstance(thing, np.ndarray):
+        return str(thing.dtype), thing.shape, thing.tobytes()
+    if isinstance(thing, dict):
+        return {key: frozen(item) for key, item in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return [frozen(item) for item in thing]
+    return repr(thing)
+
+
+def everything(opt, *more):
+    """All that a call that raises may not change, with `more` arrays or nests of the caller's."""
+    return [frozen(thing) for thing in (
+        opt.state_dict(), opt.param_groups, opt.ema, opt.max_norm, opt.skip_nonfinite,
+        opt.track_grad_norm, opt.ema_decay, opt.grad_norm, opt.nonfinite_params, more)]
