@@ -146,7 +146,8 @@ class State:
             for name, i in zip(names, numbers, strict=True):
                 if not isinstance(name, Hashable):
                     raise TypeError(
-                        f"state_dict['param_groups'][{g}]['param_names'] must be names, got {name!r}"
+                        f"state_dict['param_groups'][{g}]['param_names'] must be names, "
+                        f"got {name!r}"
                     )
                 if name in places:
                     raise ValueError(f"state_dict must have each name once, got {name!r} twice")
