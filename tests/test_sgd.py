@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +41,21 @@ class Model:
 def assert_same(params, model):
     for p, q in zip(params, model.params, strict=True):
         assert same_bits(p, q)
+
+
+def everything(opt):
+    """Return all that an optimizer holds and says, as something to compare."""
+    state = opt.state_dict()
+    return {
+        **{(i, key): value if value is None or isinstance(value, bool) else (
+            value.dtype.str, value.shape, value.tobytes())
+           for i, entry in state.pop("state").items() for key, value in entry.items()},
+        **state,
+        "params": [p.tobytes() for group in opt.param_groups for p in group["params"]],
+        **{name: repr(getattr(opt, name)) for name in (
+            "max_norm", "skip_nonfinite", "track_grad_norm", "ema_decay", "grad_norm",
+            "nonfinite_params")},
+    }
 
 
 def sgd(params, rule, options, **more):
@@ -152,6 +168,45 @@ def test_momentum_switched_on_later(rng):
     opt.step(g)
     optcore.momentum_step(y, g, v, lr=0.1, momentum=0.9, dampening=0.5, first_step=True)
     assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("lr_in_velocity", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_first_step_is_another_only_where_it_is_dampened(dtype, lr_in_velocity, rng):
+    """Without dampening a velocity that is there is used, by the functions and the class."""
+    x, g, v = (np.array(rng.standard_normal(9), dtype) for _ in range(3))
+    real, options = x.dtype.type, {"lr": 0.1, "momentum": 0.9, "lr_in_velocity": lr_in_velocity}
+    expected = real(0.9) * v - real(0.1) * g if lr_in_velocity else real(0.9) * v + g
+    y, w = x.copy(), v.copy()
+    optcore.momentum_step(y, g, w, first_step=True, **options)
+    assert same_bits(w, expected)
+    opt = optcore.SGD(x, **options)
+    state = opt.state_dict()
+    assert state["state"][0]["first_step"] is True
+    state["state"][0]["velocity"] = v
+    opt.load_state_dict(state)
+    opt.step(g)
+    entry = opt.state_dict()["state"][0]
+    assert same_bits(entry["velocity"], expected)
+    assert entry["first_step"] is False
+    assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+def test_signed_zeros_at_the_first_steps(rule):
+    """0.9 * 0 + -0 is 0, and -0 - 0 is not -0 - -0."""
+    options = Options(momentum=0.9 if rule.has_momentum else 0.0)
+    params = [np.array([0.0, -0.0, 0.0, -0.0], dtype) for dtype in ("float32", "float64")]
+    grads = [np.array([0.0, 0.0, -0.0, -0.0], p.dtype) for p in params]
+    model = Model(rule, params, options)
+    opt = sgd(params, rule, options)
+    for _ in range(2):
+        opt.step(grads)
+        model.step(grads)
+        assert_same(params, model)
+        for entry, states in zip(opt.state_dict()["state"].values(), model.states, strict=True):
+            for name, state in zip(rule.states, states, strict=True):
+                assert same_bits(entry[name], state)
 
 
 def test_schedule_is_given_the_step_count(rng):
@@ -312,6 +367,66 @@ def test_velocity_convention_is_converted(nesterov, to_right, rng):
     np.testing.assert_allclose(y, x, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("to_right", [True, False])
+def test_velocity_conversion_is_rounded_once(to_right, dtype, rng):
+    x = np.array(rng.standard_normal(500), dtype)
+    opt = optcore.SGD(x, lr=0.1, momentum=0.9, lr_in_velocity=not to_right)
+    opt.step(np.array(rng.standard_normal(500), dtype))
+    other = optcore.SGD(x.copy(), lr=7.0, momentum=0.9, lr_in_velocity=to_right)
+    other.load_state_dict(opt.state_dict())
+    v, w = (o.state_dict()["state"][0]["velocity"] for o in (opt, other))
+    factor = x.dtype.type(-0.1)
+    assert same_bits(w, v * factor if to_right else v / factor)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("to_right", [True, False])
+def test_velocity_conversion_at_the_ends_of_the_range(to_right, dtype):
+    """No normal number vanishes, none becomes infinite; the others may as they are."""
+    info = np.finfo(dtype)
+    real = np.dtype(dtype).type
+    tiny, least, far = info.tiny, info.smallest_subnormal, real(2) ** (info.nmant + 2)
+
+    def converts(factor, values):
+        """Whether a state with these velocities, to be multiplied by -factor, is taken."""
+        lr = float(factor if to_right else 1 / factor)
+        x, v = np.ones(5, dtype), np.array(values, dtype)
+        opt = optcore.SGD(x, lr=lr, momentum=0.5, lr_in_velocity=not to_right)
+        opt.step(np.zeros_like(x))
+        state = opt.state_dict()
+        state["state"][0]["velocity"] = v
+        y = np.full_like(x, 3)
+        other = optcore.SGD(y, lr=0.25, momentum=0.5, lr_in_velocity=to_right)
+        other.step(np.ones_like(x))
+        before = everything(other)
+        with np.errstate(all="ignore"):
+            expected = v * -real(factor)
+        try:
+            other.load_state_dict(state)
+        except ValueError:
+            with pytest.raises(ValueError, match="overflows or vanishes when converted"):
+                other.load_state_dict(state)
+            assert everything(other) == before
+            return False
+        assert same_bits(other.state_dict()["state"][0]["velocity"], expected)
+        return True
+
+    for sign in (1, -1):
+        # towards zero: `tiny` is the smallest normal number
+        assert not converts(1 / far, [1, 2, sign * tiny, 3, 4])
+        assert not converts(1 / far, [1, 2, sign * tiny * 2, 3, 4])
+        assert converts(1 / far, [1, 2, sign * tiny * far, 3, 4])
+        assert converts(1 / far, [1, 2, sign * (tiny - least), least, 0.0])
+        # away from it
+        assert not converts(far, [1, 2, sign * info.max, 3, 4])
+        assert not converts(far, [1, 2, sign * (info.max / far) * 2, 3, 4])
+        assert converts(far, [1, 2, sign * (info.max / far), 3, 4])
+        for factor in (far, 1 / far):
+            assert converts(factor, [sign * np.inf, np.nan, 0.0, -0.0, 1])
+            assert not converts(factor, [np.inf, np.nan, info.max, tiny, 1])
+
+
 def test_velocity_conversion_that_cannot_be(rng):
     x, g = np.ones(5, np.float32), np.full(5, 1e30, np.float32)
     opt = optcore.SGD(x, lr=0.0, momentum=0.9)
@@ -356,6 +471,113 @@ def test_schedules_and_state(rng):
     other.load_state_dict(state)
     assert other.param_groups[0]["lr"] is own
     assert other.step_count == 1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_state_without_velocities_ends_the_live_ones(momentum, rng):
+    """They become zero, and the steps that follow are the first again, undampened."""
+    params = arrays(rng)
+    fresh = optcore.SGD(params, lr=0.25, momentum=momentum, dampening=0.5 if momentum else 0.0)
+    state = copy.deepcopy(fresh.state_dict())
+    for entry in state["state"].values():
+        entry["velocity"] = None
+        assert entry["first_step"] is True
+    opt = optcore.SGD(params, lr=0.5, momentum=0.5)
+    for _ in range(3):
+        opt.step(arrays(rng))
+    twins = [p.copy() for p in params]
+    twin = optcore.SGD(twins, lr=0.25, momentum=0.9, dampening=0.5)
+    opt.load_state_dict(state)
+    assert opt.step_count == 0
+    for entry in opt.state_dict()["state"].values():
+        assert entry["velocity"] is None or not entry["velocity"].any()
+        assert entry["first_step"] is True
+    opt.param_groups[0].update(momentum=0.9, dampening=0.5)
+    for _ in range(2):
+        grads = arrays(rng)
+        opt.step(grads)
+        twin.step(grads)
+        for p, q in zip(params, twins, strict=True):
+            assert same_bits(p, q)
+
+
+@pytest.mark.parametrize("first_step", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_state_with_some_velocities(started, first_step, rng):
+    """None is zero, whether velocities are there yet or not, and the flags are the state's."""
+    params = [np.array(rng.standard_normal(5)) for _ in range(3)]
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    opt = optcore.SGD([p.copy() for p in params], **options)
+    opt.step([np.array(rng.standard_normal(5)) for _ in range(3)])
+    state = opt.state_dict()
+    state["state"][1].update(velocity=None, first_step=first_step)
+    state["state"][2]["first_step"] = first_step
+    other = optcore.SGD(params, lr=0.1)
+    if started:
+        other.param_groups[0]["momentum"] = 0.5
+        other.step([np.array(rng.standard_normal(5)) for _ in range(3)])
+    other.load_state_dict(state)
+    loaded = other.state_dict()["state"]
+    velocities = [state["state"][0]["velocity"], np.zeros(5), state["state"][2]["velocity"]]
+    flags = [False, first_step, first_step]
+    for i, (v, first) in enumerate(zip(velocities, flags, strict=True)):
+        assert same_bits(loaded[i]["velocity"], v)
+        assert loaded[i]["first_step"] is first
+    expected = [p.copy() for p in params]
+    grads = [np.array(rng.standard_normal(5)) for _ in range(3)]
+    other.step(grads)
+    for p, q, g, v, first in zip(params, expected, grads, velocities, flags, strict=True):
+        optcore.momentum_step(q, g, v, first_step=first, **options)
+        assert same_bits(p, q)
+
+
+# What a checkpoint holds, made such that only the last of all checks refuses it
+LATE_REFUSALS = {
+    "clip_value beside max_norm": lambda s: s["param_groups"][1].update(clip_value=1.0),
+    "nesterov without momentum": lambda s: s["param_groups"][1].update(
+        nesterov=True, momentum=0.0),
+    "lr": lambda s: s["param_groups"][1].update(lr=-1.0),
+    "lr in float32": lambda s: s["param_groups"][1].update(lr=1e39),
+    "flag": lambda s: s["param_groups"][1].update(maximize=1),
+    "max_norm": lambda s: s["options"].update(max_norm=-1.0),
+    "skip_nonfinite": lambda s: s["options"].update(skip_nonfinite="yes"),
+    "track_grad_norm": lambda s: s["options"].update(track_grad_norm=None),
+    "ema_decay": lambda s: s["options"].update(ema_decay=1.0),
+    "param": lambda s: s["state"][3].update(param=np.ones(6, np.float32)),
+    "dtype of param": lambda s: s["state"][3].update(param=np.ones(5)),
+    "ema": lambda s: s["state"][3].update(ema=np.ones(6, np.float32)),
+}
+
+
+@pytest.mark.parametrize("spoil", LATE_REFUSALS.values(), ids=LATE_REFUSALS)
+def test_a_refused_restore_leaves_everything(spoil, rng):
+    """Parameters, velocities, averages, counts, groups and the optimizer's own options."""
+    def build(momentum, **options):
+        params = [np.array(rng.standard_normal(5), np.float32) for _ in range(4)]
+        opt = optcore.SGD([{"params": params[:2], "lr": 0.5}, {"params": params[2:]}], lr=0.25,
+                          momentum=momentum, **options)
+        for _ in range(3):
+            grads = [np.array(rng.standard_normal(5), np.float32) for _ in range(4)]
+            grads[0][0] = np.nan
+            opt.step(grads)
+        return opt
+
+    donor = build(0.5, ema_decay=0.5, max_norm=2.0, track_grad_norm=True)
+    opt = build(0.0, ema_decay=0.25, max_norm=1.0, skip_nonfinite=True)
+    contents = donor._contents(include_params=True)
+    spoil(contents)
+    before = everything(opt)
+    assert opt.max_norm == 1.0
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError)):
+            opt.load_state_dict(contents)
+        assert everything(opt) == before
+    opt.load_state_dict(donor._contents(include_params=True))   # and what is whole is taken
+    after, expected = everything(opt), everything(donor)
+    for said in ("grad_norm", "nonfinite_params"):              # of the last step
+        del after[said], expected[said]
+    assert after == expected
+    assert opt.max_norm == 2.0
 
 
 def broken_states():
@@ -416,6 +638,85 @@ def test_broken_state_changes_nothing(spoil, error, rng):
         assert same_bits(before["state"][i]["velocity"], after["state"][i]["velocity"])
         assert same_bits(params[i], copies[i])
     opt.step(grads)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_state_with_an_average_needs_one_to_go_on_with(averaged):
+    """Nothing is dropped, and nothing begins in the middle."""
+    opt, other = (optcore.SGD([np.ones(3), np.ones(2)], lr=0.1, ema_decay=decay)
+                  for decay in ((0.5, None) if averaged else (None, 0.5)))
+    opt.step([np.ones(3), np.ones(2)])
+    before = everything(other)
+    words = f"build the optimizer {'with' if averaged else 'without'} ema_decay"
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(opt.state_dict())
+    state = opt.state_dict()
+    state["state"][0]["ema"] = None if not averaged else state["state"][1]["ema"][[0, 0, 0]]
+    state["state"][1]["ema"] = np.ones(2) if not averaged else None
+    for target in (opt, other):         # one parameter has an average, one has none
+        with pytest.raises(ValueError, match=r"\['ema'\] must be"):
+            target.load_state_dict(state)
+    assert everything(other) == before
+
+
+def test_names_of_a_state_are_the_optimizers_own():
+    """In its order, where both have names; an optimizer keeps those that it has."""
+    def build(names):
+        arrays = [np.ones(2), np.ones(2)]
+        return optcore.SGD(dict(zip(names, arrays, strict=True)) if names else arrays, lr=0.1)
+
+    state = build("ab").state_dict()
+    for names in ("ba", "ac", "bc"):
+        other = build(names)
+        with pytest.raises(ValueError, match=r"\['param_names'\] must be"):
+            other.load_state_dict(state)
+        assert other.param_groups[0]["param_names"] == tuple(names)
+    for saved, own in (("ab", "ab"), ("ab", ""), ("", "ab")):
+        other = build(own)
+        other.load_state_dict(build(saved).state_dict())
+        assert other.param_groups[0]["param_names"] == (tuple(own) if own else None)
+        other.step(dict.fromkeys(own, np.ones(2)) if own else [np.ones(2)] * 2)
+
+
+def test_states_of_several_groups_are_numbered_through():
+    def build():
+        return optcore.SGD([{"params": [np.ones(n) for n in sizes], "name": str(sizes)}
+                            for sizes in ((2, 3), (4,), (5, 6))], lr=0.1, momentum=0.5)
+
+    opt, other = build(), build()
+    opt.step([np.full(n, n, float) for n in (2, 3, 4, 5, 6)])
+    state = opt.state_dict()
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2], [3, 4]]
+    other.load_state_dict(state)
+    assert everything(other) != everything(build())
+    for i, n in enumerate((2, 3, 4, 5, 6)):
+        assert same_bits(other.state_dict()["state"][i]["velocity"], np.full(n, n, float))
+    assert [group["name"] for group in other.param_groups] == ["(2, 3)", "(4,)", "(5, 6)"]
+
+
+@pytest.mark.parametrize("key", ["step_count", "skipped"])
+def test_counts_of_a_state_are_whole_numbers(key):
+    opt = optcore.SGD(np.ones(3), lr=0.1)
+    state = opt.state_dict()
+    for bad in (True, False, 1.0, "1", None, -1, sys.maxsize, np.float64(1)):
+        with pytest.raises(ValueError, match=rf"\['{key}'\] must be a whole number"):
+            opt.load_state_dict({**state, key: bad})
+    for good in (0, 7, np.int64(7), np.uint8(7), sys.maxsize - 1):
+        opt.load_state_dict({**state, key: good})
+        assert (type(getattr(opt, key)), getattr(opt, key)) == (int, int(good))
+    for bad in (True, np.int64(1), 1.0):
+        with pytest.raises(ValueError, match=r"\['version'\] must be"):
+            opt.load_state_dict({**state, "version": bad})
+
+
+def test_flags_of_numpy_are_flags():
+    opt = optcore.SGD(np.ones(3), lr=0.1, momentum=0.5, maximize=np.True_)
+    state = opt.state_dict()
+    assert state["param_groups"][0]["maximize"] is True
+    state["state"][0]["first_step"] = np.False_
+    opt.load_state_dict(state)
+    assert opt.state_dict()["state"][0]["first_step"] is False
+    assert opt.state_dict()["param_groups"][0]["maximize"] is True
 
 
 def test_repr_names_the_options():
