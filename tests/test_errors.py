@@ -5,13 +5,16 @@ import contextlib
 import copy
 import hashlib
 import pickle
+import re
 import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from test_sgd import everything
 
 import optcore
+from optcore.options import GROUP_OPTIONS
 
 N = 24
 
@@ -132,6 +135,44 @@ def test_order_of_parameter_is_matched():
     np.testing.assert_array_equal(x, expected)
     with pytest.raises(ValueError, match=r"grad is C-contiguous; .* np.asfortranarray\(…\)"):
         optcore.sgd_step(x, good(1), lr=0.1)
+
+
+# Alike but for the count of axes, or one of them
+SHAPES = [(), (1,), (1, 1), (1, 1, 1), (5,), (6,), (5, 1), (1, 5), (2, 5), (5, 2),
+          (2, 3, 4), (3, 3, 4), (2, 2, 4), (2, 3, 5), (2, 1, 4), (1, 3, 4), (2, 3, 1), (0,), (1, 0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_other_shape_is_refused(shape):
+    """Nothing is broadcast: not a single number, not a row, not an axis of one."""
+    x, g, v = (good(seed, shape) for seed in range(3))
+    opt = optcore.SGD([x], lr=0.1, momentum=0.9)
+    opt.step([g])
+    state = opt.state_dict()
+    bound = optcore.SGD([good(3, shape)], lr=0.1, grads=[g.copy()])
+    before = digest([x, g, v]), everything(opt), everything(bound)
+    for other in SHAPES:
+        if other == shape:
+            continue
+        bad = good(4, other)
+        words = re.escape(f"has shape {other}; its parameter has {shape}")
+        with pytest.raises(ValueError, match=f"^grad {words}"):
+            optcore.sgd_step(x, bad, lr=0.1)
+        with pytest.raises(ValueError, match=f"^velocity {words}"):
+            optcore.momentum_step(x, g, bad, lr=0.1, momentum=0.9)
+        with pytest.raises(ValueError, match=rf"^grads\[0\] {words}"):
+            opt.step([bad])
+        with pytest.raises(ValueError, match=rf"^replica_grads\[1\]\[0\] {words}"):
+            opt.step_replicas([[g], [bad]])
+        with pytest.raises(ValueError, match=rf"^grads\[0\] {words}"):
+            bound.accumulate([bad])
+        with pytest.raises(ValueError, match=rf"^grads\[0\] {words}"):
+            optcore.SGD([x], lr=0.1, grads=[bad])
+        for key in ("velocity", "param"):
+            spoiled = {**state, "state": {0: {**state["state"][0], key: bad}}}
+            with pytest.raises(ValueError, match=words):
+                opt.load_state_dict(spoiled)
+    assert (digest([x, g, v]), everything(opt), everything(bound)) == before
 
 
 # Numbers
@@ -421,6 +462,206 @@ def test_groups_may_not_change_shape():
     groups[1]["initial_lr"] = 0.1       # as schedulers do
     opt.step(grads)
     assert opt.step_count == 1
+
+
+@pytest.mark.parametrize("g", [0, 1])
+@pytest.mark.parametrize("key", [*GROUP_OPTIONS, "params", "param_names"])
+def test_a_deleted_key_is_missed(key, g):
+    """Each time, until it is there again, wherever in the group it then stands."""
+    params, grads = [good(), good(1)], [good(2), good(3)]
+    opt = optcore.SGD([{"params": p} for p in params], lr=0.1, momentum=0.9)
+    opt.step(grads)
+    group = opt.param_groups[g]
+    before = digest(params)
+    value = group.pop(key)
+    for call in (opt.step, opt.step, lambda _: opt.state_dict(),
+                 lambda _: setattr(opt, "max_norm", 1.0), opt.step):
+        with pytest.raises(KeyError, match=rf"param_groups\[{g}\]: option '{key}' is missing"):
+            call(grads)
+    assert digest(params) == before
+    assert (opt.step_count, opt.max_norm) == (1, None)
+    group[key] = value
+    opt.step(grads)
+    # the last key of all, deleted and put back by itself
+    del group[key]
+    with pytest.raises(KeyError, match=f"option '{key}' is missing"):
+        opt.step(grads)
+    group[key] = value
+    group["nesterof"] = True
+    for _ in range(2):
+        with pytest.raises(TypeError, match="unknown option 'nesterof'"):
+            opt.step(grads)
+    del group["nesterof"]
+    group["name"] = "a note may come and go"
+    opt.step(grads)
+    del group["name"]
+    opt.step(grads)
+    assert opt.step_count == 4
+
+
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_what_was_refused_is_refused_again(n_groups):
+    """Edits that a step, a setter or a state refuses are not taken for read."""
+    arrays = [good(k) for k in range(n_groups)]
+    opt = optcore.SGD([{"params": p} for p in arrays], lr=0.1, momentum=0.9)
+    grads = [good(k + 5) for k in range(n_groups)]
+    opt.step(grads)
+    group = opt.param_groups[-1]
+    for key, bad in [("lr", -1.0), ("lr", "x"), ("momentum", 1.0), ("nesterov", 1),
+                     ("maximize", None), ("dampening", -0.5), ("lr_in_velocity", True),
+                     ("params", (good(9),)), ("lr", lambda step: -1.0)]:
+        kept, group[key] = group[key], bad
+        before = digest(arrays)
+        for call in (opt.step, opt.step, lambda grads: opt.step_replicas([grads])):
+            with pytest.raises((TypeError, ValueError), match=key):
+                call(grads)
+        if not callable(bad):
+            for name, value in (("max_norm", 1.0), ("ema_decay", 0.5), ("skip_nonfinite", True),
+                                ("track_grad_norm", True)):
+                old = getattr(opt, name)
+                for _ in range(2):
+                    with pytest.raises((TypeError, ValueError), match=key):
+                        setattr(opt, name, value)
+                    assert getattr(opt, name) is old
+        assert opt.ema is None
+        assert digest(arrays) == before
+        group[key] = kept
+        assert opt.step(grads)
+
+
+def test_an_edit_beside_a_refused_one_is_not_lost():
+    """Neither is taken; once the other is taken back, this one is."""
+    params, grads = [good(), good(1)], [good(2), good(3)]
+    opt = optcore.SGD([{"params": p} for p in params], lr=0.1)
+    opt.step(grads)
+    first, second = opt.param_groups
+    for lr, call in ((0.5, opt.step), (0.25, lambda _: opt.state_dict()),
+                     (0.125, lambda _: setattr(opt, "max_norm", 1.0))):
+        first["lr"], kept, second["lr"] = lr, second["lr"], -1.0
+        before = digest(params)
+        with pytest.raises(ValueError, match=r"^param_groups\[1\]: lr must be"):
+            call(grads)
+        assert digest(params) == before
+        second["lr"] = kept
+        expected = [p.copy() for p in params]
+        for x, g, rate in zip(expected, grads, (lr, 0.1), strict=True):
+            optcore.sgd_step(x, g, lr=rate)
+        opt.step(grads)
+        assert digest(params) == digest(expected)
+
+
+def replaced(array):
+    """Give an array other memory of the same size, as unpickling into it does."""
+    array.__setstate__(array.copy().__reduce__()[2])
+
+
+def read_only_now(array):
+    array.flags.writeable = False
+
+
+@pytest.mark.parametrize("change", [replaced, read_only_now])
+@pytest.mark.parametrize("whole", [False, True], ids=["listed", "array"])
+def test_parameters_are_looked_at_in_every_call(whole, change):
+    base = good(shape=(10,))
+    params = base[:] if whole else [good(1), base[:]]
+    x = params if whole else params[1]
+    label = "params" if whole else r"params\[1\]"
+    grads = good(2, (10,)) if whole else [good(3), good(2, (10,))]
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, max_norm=1.0,
+                      grads=copy.deepcopy(grads))
+    opt.step()
+    state = opt.state_dict()
+    opt.step(grads)
+    before = everything(opt), digest([base])
+    change(x)
+    now = digest([x])
+    for call in (opt.step, lambda: opt.step(grads), lambda: opt.step_replicas([grads, grads]),
+                 lambda: setattr(opt, "ema_decay", 0.5), lambda: opt.load_state_dict(state)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"^{label} must stay in its place"):
+                call()
+    assert (everything(opt), digest([base]), digest([x])) == (*before, now)
+    if change is read_only_now:
+        x.flags.writeable = True
+        opt.step()
+
+
+@pytest.mark.parametrize("change", [replaced, read_only_now])
+@pytest.mark.parametrize("whole", [False, True], ids=["listed", "array"])
+def test_velocities_of_the_callers_are_looked_at_in_every_call(whole, change):
+    base = good(shape=(10,))
+    velocities = base[:] if whole else [None, base[:]]
+    v = velocities if whole else velocities[1]
+    label = "velocities" if whole else r"velocities\[1\]"
+    params, grads = ((good(k, (10,)), good(k + 1, (10,)))[whole:] for k in (1, 3))
+    if whole:
+        (params,), (grads,) = params, grads
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, velocities=velocities)
+    opt.step(grads)
+    state = opt.state_dict()
+    opt.step(grads)
+    before = everything(opt), digest([base, v])
+    change(v)
+    for call in (lambda: opt.step(grads), lambda: opt.step_replicas([grads, grads]),
+                 lambda: setattr(opt, "ema_decay", 0.5), lambda: opt.load_state_dict(state)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"^{label} must stay in its place"):
+                call()
+    assert (everything(opt), digest([base, v])) == before
+    if change is read_only_now:
+        v.flags.writeable = True
+        opt.step(grads)
+
+
+@pytest.mark.parametrize("change", [replaced, read_only_now])
+@pytest.mark.parametrize("i", [0, 1])
+def test_averages_are_looked_at_in_every_call(i, change):
+    """They are shown live, and a state is written into them."""
+    params, grads = ([good(k, (10,)), good(k + 1, (10,))] for k in (1, 3))
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, ema_decay=0.5)
+    opt.step(grads)
+    state = opt.state_dict()
+    opt.step(grads)
+    before = everything(opt)
+    change(opt.ema[i])
+    for call in (lambda: opt.step(grads), lambda: opt.step_replicas([grads, grads]),
+                 lambda: setattr(opt, "max_norm", 1.0), lambda: opt.load_state_dict(state)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"^ema\[{i}\] must stay in its place"):
+                call()
+    assert everything(opt) == before
+    if change is read_only_now:
+        opt.ema[i].flags.writeable = True
+        opt.load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [replaced, read_only_now])
+@pytest.mark.parametrize("whole", [False, True], ids=["listed", "array"])
+def test_bound_gradients_are_looked_at_in_every_call(whole, change):
+    base = good(shape=(10,))
+    grads = base[:] if whole else [good(1), base[:]]
+    g = grads if whole else grads[1]
+    label = "grads" if whole else r"grads\[1\]"
+    params = good(2, (10,)) if whole else [good(3), good(2, (10,))]
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, grads=grads)
+    opt.step()
+    more = copy.deepcopy(grads)
+    before = everything(opt), digest([base, g])
+    change(g)
+    for call in (opt.step, lambda: opt.step(zero_grad=True), lambda: opt.accumulate(more),
+                 opt.zero_grad):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"^{label} must stay in its place"):
+                call()
+    assert (everything(opt), digest([base, g])) == before
+    if change is read_only_now:
+        g.flags.writeable = True
+        opt.accumulate(more)
+
+
+def test_a_read_only_gradient_is_not_bound():
+    with pytest.raises(ValueError, match=r"^grads\[1\] must be writeable, got a read-only array"):
+        optcore.SGD([good(), good(1)], lr=0.1, grads=[good(2), read_only(good(3))])
 
 
 @pytest.mark.parametrize("bound", [False, True])
