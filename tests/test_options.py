@@ -895,6 +895,64 @@ def test_schedules_and_numbers_take_turns(rng):
             assert same_bits(p, q)
 
 
+# Both dtypes in one optimizer
+
+TYPES = {
+    "one group": ([["float32", "float64"]], [True]),
+    "one group, turned": ([["float64", "float32"]], [True]),
+    "two groups": ([["float32"], ["float64"]], [True, False]),
+    "two groups, turned": ([["float64"], ["float32"]], [False, True]),
+    "three": ([["float64"], ["float64", "float32", "float64"], ["float64"]],
+              [False, True, False]),
+    "float64 alone": ([["float64"], ["float64"]], [False, False]),
+}
+
+
+@pytest.mark.parametrize(("dtypes", "has_float32"), TYPES.values(), ids=TYPES)
+def test_rounding_is_checked_where_there_is_float32(dtypes, has_float32):
+    """An option of a group by its own arrays, one of the whole optimizer by all."""
+    def build(**options):
+        groups = [{"params": [np.ones(3, dtype) for dtype in group]} for group in dtypes]
+        opt = optcore.SGD(groups, lr=0.1, momentum=0.5, **options)
+        opt.step(grads)
+        return opt
+
+    grads = [np.ones(3, dtype) for group in dtypes for dtype in group]
+    for name, value in ROUNDED:
+        for g, refused in enumerate(has_float32):
+            for given in (value, lambda step, value=value: value, np.array(value)):
+                opt = build()
+                before, kept = contents(opt), opt.param_groups[g][name]
+                opt.param_groups[g][name] = given
+                if refused:
+                    for _ in range(2):
+                        with pytest.raises(ValueError, match=rf"{name}.* float32"):
+                            opt.step(grads)
+                    opt.param_groups[g][name] = kept
+                    assert contents(opt) == before
+                else:
+                    assert opt.step(grads)
+    for value in (1e-46, 1 - 1e-12):
+        for decay in (value, lambda step, value=value: value):
+            calls = [lambda decay=decay: build(ema_decay=decay),
+                     lambda decay=decay: setattr(build(), "ema_decay", decay)]
+            if not any(has_float32):
+                for call in calls:
+                    call()
+            else:
+                for call in calls[: 1 if callable(decay) else 2]:
+                    with pytest.raises(ValueError, match=r"ema_decay.* float32"):
+                        call()
+    opt = build()
+    for call in (lambda: opt.step(grads, grad_scale=1e-46),
+                 lambda: opt.step_replicas([grads] * 4, grad_scale=2e-45)):
+        if any(has_float32):
+            with pytest.raises(ValueError, match=r"grad_scale .* float32"):
+                call()
+        else:
+            assert call()
+
+
 # Values that change in their place
 
 def holders():
@@ -971,6 +1029,21 @@ def test_a_change_in_place_is_checked(name, hold, change, rng):
         assert opt.step_count == 1
     change(held, 0.25)
     assert opt.step(g)
+
+
+@HOLDERS
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_no_state_has_a_value_that_a_step_would_refuse(name, hold, change):
+    held = hold(0.5)
+    opt = optcore.SGD(np.ones(3), **{"lr": 0.1, "momentum": 0.5, name: held})
+    opt.step(np.ones(3))
+    before = contents(opt)
+    change(held, -0.5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{name} must"):
+            opt.state_dict()
+    change(held, 0.5)
+    assert contents(opt) == before
 
 
 @HOLDERS
@@ -1216,6 +1289,19 @@ def test_conversion_asks_the_schedule(to_right, script, rng):
                             opt.state_dict()["state"].values(), strict=True):
         v = theirs["velocity"]
         assert same_bits(mine["velocity"], v * -0.25 if to_right else v / -0.25)
+
+
+def test_a_state_dict_leaves_the_optimizers_own_options(rng):
+    opt = optcore.SGD(draw(rng), lr=0.1, max_norm=1.0, skip_nonfinite=True, track_grad_norm=True,
+                      ema_decay=0.5)
+    state = opt.state_dict()
+    for own in ({"ema_decay": 0.25}, {"ema_decay": 0.75, "max_norm": 3.0},
+                {"ema_decay": 0.5, "track_grad_norm": True}):
+        other = optcore.SGD(draw(rng), lr=0.2, **own)
+        other.load_state_dict(state)
+        assert {name: getattr(other, name) for name in OPTIMIZER_OPTIONS} == {
+            **OPTIMIZER_OPTIONS, **own}
+        assert other.param_groups[0]["lr"] == 0.1
 
 
 # Options that refuse each other
