@@ -244,9 +244,7 @@ cdef class Plan(Table):
             step.scale /= len(names)
         else:
             step.weights = self._weights_of(weights, len(names))
-        self._look_at_params()
-        if self._lent is not None:
-            self._look_at_velocities()
+        self._look_again()
         step.ema_decay = self._own.ema_decay
         if asks:
             self._read_groups()
@@ -485,6 +483,10 @@ cdef class Plan(Table):
         """Set an option in every group, checked as one."""
         self._exclusively(set_in_groups, name, value)
 
+    def _check_current(self):
+        """Refuse arrays that are not those the user's containers hold, or that moved."""
+        self._exclusively(look_again)
+
     def _snapshot(self, bint include_params=False):
         """Return copies of all that one moment holds: state, groups, counts and options."""
         return self._exclusively(copy_state, include_params)
@@ -557,7 +559,7 @@ cdef object add_up(Plan self, object grads, object _, object __):
     sets = [self._listed(grads, self._nest, "grads")]
     step.zeroing = False
     step.weights = NULL
-    self._look_at_params()
+    self._look_again()
     self._ready(sets, GRADS, &step)
     self._take(None, GRADS, &step)
     self._take(sets, GRADS, &step)
@@ -606,7 +608,7 @@ cdef object zero_bound(Plan self, object _, object __, object ___):
     sets = self._sets_of(bound_grads)
     step.zeroing = True
     step.weights = NULL
-    self._look_at_params()
+    self._look_again()
     self._ready(sets, GRADS, &step)
     sweep_all(ZERO, self._tensors, self._n, step.n_elements)
     if self._to_zero is not None:
@@ -643,8 +645,7 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
             "grads must be given for the new parameters where gradients are bound, got none"
             if grads is None else "grads must be left out where none were bound, got some"
         )
-    self._look_at_params()
-    self._look_at_velocities()
+    self._look_again()
     self._read_groups()
     self._check_places()
     grown = Plan.__new__(Plan)
@@ -680,7 +681,14 @@ cdef object take_grown(Plan self, object grown, object _, object __):
     self.param_groups.append((<Plan>grown).param_groups[-1])
 
 
+cdef object look_again(Plan self, object _, object __, object ___):
+    self._look_again()
+    self._check_places()
+
+
 cdef object copy_state(Plan self, object include_params, object _, object __):
+    if include_params:
+        look_again(self, None, None, None)
     # whole, not only what was edited: an array may hold another number than at the last step
     self._groups.adopt(self._groups.check(self.param_groups, &self._own))
     entries = self._state
@@ -701,6 +709,7 @@ cdef object copy_state(Plan self, object include_params, object _, object __):
 
 cdef object take_state(Plan self, object groups, object entries, object rest):
     cdef Py_ssize_t i, k
+    self._look_again()
     options, (step_count, skipped), writes = rest
     started = any([entry.get(name) is not None
                    for entry in entries for name in self._state_names])

@@ -69,6 +69,7 @@ cdef class Table:
     cdef int _become(self, Table grown) except -1
 
     # Looking again at what the user keeps
+    cdef int _look_again(self) except -1
     cdef int _look_at_params(self) except -1
     cdef int _look_at_velocities(self) except -1
     cdef int _look_at_bound(self) except -1

@@ -231,6 +231,12 @@ cdef class Table:
             self._bind(self._bound_roots)
         return 0
 
+    cdef int _look_again(self) except -1:
+        self._look_at_params()
+        if self._lent is not None:
+            self._look_at_velocities()
+        return 0
+
     cdef int _look_at_params(self) except -1:
         """Refuse another array in the place of a parameter, which nobody would step."""
         cdef Py_ssize_t i
@@ -267,7 +273,7 @@ cdef class Table:
         """Refuse another array in the place of a velocity of the caller's."""
         cdef Py_ssize_t i
         cdef Watch watch
-        if self._lent is None or not self._velocity_roots.changed():
+        if not self._velocity_roots.changed():
             return 0
         watch = Watch()
         now = self._velocity_roots.read(self._n, watch)

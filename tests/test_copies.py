@@ -214,6 +214,37 @@ def test_buffers_out_of_band(rng):
             pickle.loads(data, buffers=buffers)
 
 
+@pytest.mark.parametrize("way", [
+    lambda opt, path: copy.copy(opt), lambda opt, path: copy.deepcopy(opt),
+    lambda opt, path: pickle.dumps(opt), lambda opt, path: opt.save(path, include_params=True),
+    lambda opt, path: opt.restore(path),
+])
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda params, own, group: params.update(w=ones(3)), r"params\[0\] \('w'\) is another array"),
+    (lambda params, own, group: params.update(z=ones(3)), "params must stay"),
+    (lambda params, own, group: params.pop("b"), "params must stay"),
+    (lambda params, own, group: params["w"].resize(5, refcheck=False),
+     r"params\[0\] \('w'\) must stay in its place|has shape \(3,\); its parameter has \(5,\)"),
+    (lambda params, own, group: own.update(w=ones(3)), r"velocities\[0\] \('w'\) is another"),
+    (lambda params, own, group: group.update(lr=0.5), "edit opt.param_groups"),
+])
+def test_what_went_stale_is_refused(spoil, words, way, tmp_path):
+    """By whatever would take it over, save what is no longer used, or write where nobody looks."""
+    pytest.importorskip("safetensors", reason="safetensors is missing")
+    params, own = {"w": ones(3), "b": ones(2)}, {"w": ones(3), "b": None}
+    groups, path = [{"params": params}], tmp_path / "state"
+    opt = optcore.SGD(groups, lr=0.1, momentum=0.9, velocities=own)
+    opt.step({"w": ones(3), "b": ones(2)})
+    opt.save(path, include_params=True)
+    saved = path.read_bytes()
+    spoil(params, own, groups[0])
+    for call in (lambda: opt.step({"w": ones(3), "b": ones(2)}), lambda: way(opt, path)):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert opt.step_count == 1
+    assert path.read_bytes() == saved
+
+
 def test_what_cannot_be_copied(rng):
     """Says so, and leaves the optimizer as it was."""
     opt = optcore.SGD(ones(3), lr=lambda step: 0.1)

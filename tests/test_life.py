@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 
 import numpy as np
@@ -36,7 +37,8 @@ class Life:
     list of what came at the beginning and with each group since.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed, folder):
+        self.folder = folder
         self.rng = np.random.default_rng(seed)
         self.n_names = 0
         self.named = self.chance(0.7)
@@ -171,6 +173,22 @@ class Life:
         at = [(id(c), k) for part in self.bound for c, k in all_places(part)]
         return at.index((id(container), key))
 
+    def accumulate(self):
+        """Add into bound gradients that lie as their parameters do, now that they must."""
+        for i, (container, key) in enumerate(p for part in self.bound for p in all_places(part)):
+            if not isinstance(container, tuple):
+                p = self.twin.live[i]
+                container[key] = np.zeros_like(p)
+        bound = leaves(self.bound)
+        if not bound or any(g is None for g in bound):
+            return
+        grads = self.map_trees(self.gradient)
+        if any(g.strides != p.strides for g, p in zip(bound, self.twin.live, strict=True)):
+            return
+        expected = [b if g is None else b + g for b, g in zip(bound, leaves(grads), strict=True)]
+        self.opt.accumulate(self.shuffled(grads))
+        assert all(map(same_bits, bound, expected))
+
     def step_replicas(self):
         n = self.one_of(1, 2, 3)
         weights = self.one_of(None, list(self.rng.random(n)), [1] * n)
@@ -240,8 +258,13 @@ class Life:
             self.trees = [group["params"] for group in groups]
         settings = {name: getattr(self.opt, name) for name in (
             "max_norm", "skip_nonfinite", "track_grad_norm", "ema_decay")}
-        self.opt, self.bound, self.own = optcore.SGD(groups, lr=1.0, **settings), [], []
-        found = self.opt.load_state_dict(state, by_name=self.named)
+        old, self.bound, self.own = self.opt, [], []
+        self.opt = optcore.SGD(groups, lr=1.0, **settings)
+        if self.folder and self.chance():
+            old.save(self.folder / "state")
+            found = self.opt.restore(self.folder / "state", by_name=self.named)
+        else:
+            found = self.opt.load_state_dict(state, by_name=self.named)
         assert not any(found)
         twin = self.twin.of(self.opt)
         if self.named:
@@ -295,10 +318,10 @@ def all_places(nest):
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_life(seed):
-    life = Life(seed)
+def test_life(seed, tmp_path):
+    life = Life(seed, tmp_path if importlib.util.find_spec("safetensors") else None)
     life.check()
     for _ in range(25):
-        life.one_of(life.step, life.step, life.step_bound, life.step_replicas, life.grow,
-                    life.edit, life.copy, life.load, life.refuse)()
+        life.one_of(life.step, life.step, life.step_bound, life.accumulate, life.step_replicas,
+                    life.grow, life.edit, life.copy, life.load, life.refuse)()
         life.check()

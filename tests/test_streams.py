@@ -27,7 +27,7 @@ def scalars(o, decay=0.0):
         "lr": o.lr, "momentum": o.momentum, "undamped": 1.0, "weight_decay": o.weight_decay,
         "shrink": 1.0, "scale": -o.grad_scale if o.maximize else o.grad_scale,
         "clip_value": np.inf if o.clip_value is None else o.clip_value,
-        "ema_decay": decay, "ema_weight": 1 - decay,
+        "ema_decay": decay, "ema_weight": 1 - decay, "flushes": o.flush_subnormals,
     }
 
 

@@ -129,17 +129,23 @@ def read_group(
         params, f"{where}['params']" if grouped else "params",
         sum(len(group.options["params"]) for group in before),
     )
-    if names is None and options.get("param_names") is not None:
+    if options.get("param_names") is not None:
         given = options["param_names"]
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise TypeError(
                 f"{where}['param_names'] must be a sequence of names, got {type(given).__name__}"
             )
-        names = list(given)
-        if len(names) != len(arrays):
+        given = list(given)
+        if len(given) != len(arrays):
             raise ValueError(
-                f"{where}['param_names'] must name {len(arrays)} parameters, got {len(names)}"
+                f"{where}['param_names'] must name {len(arrays)} parameters, got {len(given)}"
             )
+        if names is not None and given != names:
+            raise ValueError(
+                f"{where}['param_names'] must be left out where params have names, "
+                f"{abridged(names)}, got {abridged(given)}"
+            )
+        names = given
     complete = {
         **defaults, **options, "params": tuple(arrays),
         "param_names": None if names is None else tuple(names),

@@ -260,6 +260,7 @@ class SGD(Plan):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to build a copy over the arrays, which are copied along."""
+        self._check_current()
         copied = self._snapshot()
         own = ("params", "param_names")
         state = {
