@@ -25,11 +25,6 @@ READING = (
     f"Medians with quartiles; {TWO_MODES} where the values fall into two groups with a gap, so "
     "that the median speaks for one of them."
 )
-OF_THE_LIMIT = (
-    "*Of the limit* is the time of a plain C loop with just the step's memory traffic, measured in "
-    "the same run, over optcore's: 1 is as fast as this memory goes, above it is that loop's own "
-    "spread.\n"
-)
 # What the README shows: job, workload, threads
 SHORT = [
     ("sgd", "1e6", 1), ("momentum", "1e6", 1), ("nesterov", "1e6", 1),
@@ -377,7 +372,7 @@ def write(
     else:
         roofline_figure(results, summary["machine"], out / "roofline.png")
         if readme:
-            embed(readme, "bench", f"{short_table(results)}\n{OF_THE_LIMIT}\n{footnote(summary)}")
+            embed(readme, "bench", f"{short_table(results)}\n{footnote(summary)}")
     text = outline(summary, results)
     if docs:
         embed(docs, suite, f"{footnote(summary)}\n{text}")
