@@ -58,6 +58,44 @@ def succeeds(code, **environment):
 
 
 @posix
+def test_a_child_forked_in_the_middle_of_a_step_is_told():
+    """The thread that steps is not in the child, and never ends there what it began."""
+    succeeds("""
+        inside, go = threading.Event(), threading.Event()
+        def lr(step):
+            inside.set()
+            go.wait(60)
+            return 0.5
+        x, g = np.ones(3), np.ones(3)
+        opt = optcore.SGD(x, lr=lr)
+        thread = threading.Thread(target=opt.step, args=(g,))
+        thread.start()
+        assert inside.wait(60)
+        def refusal():
+            try:
+                opt.step(g)
+            except RuntimeError as error:
+                return str(error)
+        pid = os.fork()
+        if not pid:
+            told = refusal()
+            go.set()
+            y = np.ones(3)
+            optcore.SGD(y, lr=0.5).step(g)
+            os._exit(not ("forked while another thread" in told and (y == 0.5).all()))
+        wait(pid)
+        assert "in use already" in refusal()
+        go.set()
+        thread.join()
+        assert (x == 0.5).all()
+        pid = os.fork()
+        if not pid:
+            os._exit(not opt.step(g))
+        wait(pid)
+    """)
+
+
+@posix
 def test_fork_after_a_threaded_step():
     succeeds("""
         for _ in range(5):
