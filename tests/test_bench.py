@@ -161,7 +161,7 @@ def test_compiled_steps_are_few():
         for workload in [*shapes.MODELS, "1e3", "1e6", "5e7"]
         if compiled.takes(cases.Case(job, workload, threads=2))
     ]
-    assert len(taken) == 12
+    assert len(taken) == 6
     assert ("momentum", "ResNet-50") in taken
     assert not compiled.checked             # here; its own process does
 
