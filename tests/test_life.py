@@ -319,7 +319,8 @@ def all_places(nest):
 
 @pytest.mark.parametrize("seed", range(24))
 def test_life(seed, tmp_path):
-    life = Life(seed, tmp_path if importlib.util.find_spec("safetensors") else None)
+    with_files = seed % 6 == 0 and importlib.util.find_spec("safetensors")  # which are synced
+    life = Life(seed, tmp_path if with_files else None)
     life.check()
     for _ in range(25):
         life.one_of(life.step, life.step, life.step_bound, life.accumulate, life.step_replicas,
