@@ -42,13 +42,16 @@ cdef inline Py_ssize_t size_of(ndarray array) noexcept:
     return size
 
 
+cdef inline bint lies_at(ndarray array, const void *data, Py_ssize_t size) noexcept:
+    return PyArray_DATA(array) == data and size_of(array) == size
+
+
 cdef inline bint is_unmoved(
     ndarray array, const void *data, Py_ssize_t size, Storage storage
 ) noexcept:
     """Whether an array is yet what the border took: so many elements in one piece at `data`."""
     return (
-        PyArray_DATA(array) == data
-        and size_of(array) == size
+        lies_at(array, data, size)
         and PyArray_TYPE(array) == (NPY_FLOAT if storage == FLOAT32 else NPY_DOUBLE)
         and PyArray_ISNOTSWAPPED(array)
         and PyArray_FLAGS(array) & NPY_ARRAY_WRITEABLE != 0

@@ -6,9 +6,9 @@ user's comes first, and the one pass over the arrays last), then measured and sw
 cannot fail (but for `_join_squares`, before anything is written), and then booked.
 """
 from libc.math cimport INFINITY, isfinite
-from numpy cimport import_array
+from numpy cimport import_array, ndarray
 
-from optcore.arrays cimport spell
+from optcore.arrays cimport lies_at, spell
 from optcore.memory cimport Buffer, zeroed
 from optcore.norm cimport Norm, measures
 from optcore.options cimport (
@@ -687,8 +687,14 @@ cdef object look_again(Plan self, object _, object __, object ___):
 
 
 cdef object copy_state(Plan self, object include_params, object _, object __):
+    cdef Py_ssize_t i
     if include_params:
-        look_again(self, None, None, None)
+        self._look_again()
+        for i in range(self._n):        # one that was made read-only may be saved
+            if not lies_at(
+                <ndarray>self._params[i], self._tensors[i].param.data, self._tensors[i].size
+            ):
+                self._refuse_moved(self._params, i, self._tensors[i].param.data, b"params")
     # whole, not only what was edited: an array may hold another number than at the last step
     self._groups.adopt(self._groups.check(self.param_groups, &self._own))
     entries = self._state
