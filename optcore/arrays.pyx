@@ -164,7 +164,7 @@ def check_saved(array, ndarray param, str name):
     """Return a saved array of a parameter's dtype and shape, in any layout; None stays None."""
     if array is None:
         return None
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a NumPy array or None, got {type(array).__name__}")
     check_fit(array, param, name)
     return array

@@ -177,9 +177,10 @@ cdef double number(object value, str name, Range allowed) except? -1:
 
 def plain_number(value):
     """Return what a number of any library is as a float; None for what is none."""
+    if getattr(getattr(value, "dtype", None), "kind", None) in ("m", "M"):
+        return None             # NumPy counts a timedelta64 among the integers
     if not isinstance(value, Real) and hasattr(type(value), "item"):
-        kind = getattr(getattr(value, "dtype", None), "kind", None)
-        if np.prod(getattr(value, "shape", ())) != 1 or kind in ("m", "M"):
+        if np.prod(getattr(value, "shape", ())) != 1:
             return None
         if isinstance(value, np.ma.MaskedArray):
             return None

@@ -36,6 +36,7 @@ from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 
+from optcore.arrays import check_saved
 from optcore.options import OPTIMIZER_OPTIONS
 
 import_array()
@@ -717,6 +718,10 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
     cdef Py_ssize_t i, k
     self._look_again()
     options, (step_count, skipped), writes = rest
+    for i, entry in enumerate(entries):     # an array may have been reshaped in its place
+        for name, arrays in zip((*self._state_names, "ema"), (*self._states, self._averages)):
+            if arrays is not None:
+                check_saved(entry.get(name), arrays[i], f"state[{i}][{name!r}]")
     started = any([entry.get(name) is not None
                    for entry in entries for name in self._state_names])
     new = {k: self._allocated(0) for k, arrays in enumerate(self._states)

@@ -460,6 +460,9 @@ def kinds_refused():
         ("array-complex", np.array(0.25j)), ("array-complex1", np.array([0.25 + 0j])),
         ("class", float), ("class-own", Own), ("raises", Broken()), ("wrong", Wrong()),
         ("own-complex", Complex()), ("object", object()), ("void", np.array((0.25,), "f8,")[()]),
+        ("timedelta", np.timedelta64(0, "ns")), ("array-timedelta", np.array(0, "m8[ns]")),
+        ("timedelta-s", np.timedelta64(0, "s")), ("timedelta-plain", np.timedelta64(0)),
+        ("datetime", np.datetime64(0, "ns")), ("array-datetime", np.array(0, "M8[ns]")),
     ]
     if torch is not None:
         yield "tensor-bool", torch.tensor(True)

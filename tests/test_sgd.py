@@ -580,6 +580,34 @@ def test_a_refused_restore_leaves_everything(spoil, rng):
     assert opt.max_norm == 2.0
 
 
+@pytest.mark.parametrize("reshaped", ["params", "velocities", "averages"])
+@pytest.mark.parametrize("i", [0, 2])
+def test_a_state_is_taken_whole_where_arrays_were_reshaped(i, reshaped, rng):
+    """Their elements are where they were, but NumPy would stop in the middle."""
+    def build():
+        arrays = [[rng.standard_normal(4) for _ in range(3)] for _ in range(2)]
+        opt = optcore.SGD(arrays[0], lr=0.1, momentum=0.9, ema_decay=0.5, velocities=arrays[1])
+        opt.step([rng.standard_normal(4) for _ in range(3)])
+        return opt, {"params": arrays[0], "velocities": arrays[1], "averages": opt.ema}
+
+    opt, arrays = build()
+    donor, others = build()
+    arrays[reshaped][i].shape = (2, 2)
+    if reshaped == "params":        # a state that fits it
+        for each in others.values():
+            each[i].shape = (2, 2)
+    contents = copy.deepcopy(donor._contents(include_params=True))
+    before = everything(opt)
+    assert before != everything(donor)
+    try:
+        opt.load_state_dict(contents)
+    except ValueError:
+        assert everything(opt) == before
+    else:
+        assert [a.tobytes() for each in arrays.values() for a in each] == [
+            a.tobytes() for each in others.values() for a in each]
+
+
 def broken_states():
     yield "not a mapping", lambda s: [], TypeError
     for key in ("version", "step_count", "param_groups", "state"):
@@ -600,6 +628,9 @@ def broken_states():
     yield "shape", entry(1, velocity=np.ones(3, np.float32)), ValueError
     yield "dtype", entry(1, velocity=np.ones(7, np.float64)), TypeError
     yield "kind", entry(1, velocity=[1.0] * 7), TypeError
+    yield "masked", entry(1, velocity=np.ma.ones(7, np.float32)), TypeError
+    yield "foreign", entry(1, exp_avg=np.ones(7, np.float32)), ValueError
+    yield "no entry", lambda s: {**s, "state": {**s["state"], 1: 3}}, TypeError
     yield "flag", entry(1, first_step=2), TypeError
     yield "ema", entry(1, ema=np.ones(7, np.float32)), ValueError
     yield "unknown", entry(0) and (lambda s: {**s, "state": {**s["state"], 9: s["state"][0]}}), (
@@ -614,6 +645,9 @@ def broken_states():
     yield "bool", group(lr=True), TypeError
     yield "too few", group(params=[0]), ValueError
     yield "order", group(params=[1, 0]), ValueError
+    for value in ("no", 2, 0.0, None):
+        yield f"convention {value}", group(lr_in_velocity=value), (TypeError, ValueError)
+    yield "names", group(param_names=5), (TypeError, ValueError)
     yield "lr to convert by", group(lr="a", lr_in_velocity=True), TypeError
 
 

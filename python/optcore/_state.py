@@ -181,6 +181,13 @@ class State:
                 f"group, got {saved['params']!r}"
             )
         names = saved["param_names"]
+        if not isinstance(names, (list, tuple, type(None))):
+            raise TypeError(f"{where}['param_names'] must be a list or None, got {names!r}")
+        if not isinstance(saved["lr_in_velocity"], (bool, np.bool_)):
+            raise TypeError(
+                f"{where}['lr_in_velocity'] must be True or False, "
+                f"got {saved['lr_in_velocity']!r}"
+            )
         if not by_name and names is not None and group["param_names"] is not None and (
             tuple(names) != group["param_names"]
         ):
@@ -220,7 +227,7 @@ class State:
         def convert(velocity: np.ndarray) -> np.ndarray:
             factor = velocity.dtype.type(-lr)
             with np.errstate(all="ignore"):
-                converted: np.ndarray = velocity * factor if to_right else velocity / factor
+                converted = np.asarray(velocity * factor if to_right else velocity / factor)
             # A subnormal may vanish, as it would have in steps of the other convention.
             normal = np.abs(velocity) >= np.finfo(velocity.dtype).tiny
             if not np.array_equal(np.isfinite(converted), np.isfinite(velocity)) or np.any(
