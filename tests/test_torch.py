@@ -798,7 +798,8 @@ def test_attributes():
     opt.momentum = 0.0      # as where groups are edited, dampening stays, without effect
     opt.step()
     assert p.tolist() == [0, 1]
-    assert set(vars(optcore.torch.SGD)) > {*GROUP_OPTIONS, *optcore.torch.OWN_OPTIONS}
+    assert set(vars(optcore.sgd.GroupOptions)) > {*GROUP_OPTIONS}
+    assert set(vars(optcore.torch.SGD)) > {*optcore.torch.OWN_OPTIONS}
     opt._note = 1       # private names are PyTorch's and its friends' to use
 
 

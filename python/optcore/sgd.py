@@ -45,7 +45,25 @@ class GroupOption:
         opt._set_in_groups(self._name, value)
 
 
-class SGD(Plan):
+class GroupOptions:
+    """Every option of parameter groups as an attribute of the optimizer."""
+
+    __slots__ = ()
+
+    lr = GroupOption()
+    momentum = GroupOption()
+    dampening = GroupOption()
+    weight_decay = GroupOption()
+    nesterov = GroupOption()
+    maximize = GroupOption()
+    decoupled_weight_decay = GroupOption()
+    lr_in_velocity = GroupOption()
+    clip_value = GroupOption()
+    dampen_first = GroupOption()
+    flush_subnormals = GroupOption()
+
+
+class SGD(Plan, GroupOptions):
     """SGD, SGD with momentum, or Nesterov momentum, over a whole model in place.
 
     Parameters
@@ -152,18 +170,6 @@ class SGD(Plan):
 
     # The rule of every group; None: the one that `momentum` and `nesterov` say.
     _rule: str | None = None
-
-    lr = GroupOption()
-    momentum = GroupOption()
-    dampening = GroupOption()
-    weight_decay = GroupOption()
-    nesterov = GroupOption()
-    maximize = GroupOption()
-    decoupled_weight_decay = GroupOption()
-    lr_in_velocity = GroupOption()
-    clip_value = GroupOption()
-    dampen_first = GroupOption()
-    flush_subnormals = GroupOption()
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ except ImportError as error:
 import optcore
 from optcore.groups import GROUP_NOTES
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
-from optcore.sgd import GroupOption
+from optcore.sgd import GroupOptions
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
 SWITCHED_OFF = {"foreach": None, "fused": None, "differentiable": False, "capturable": False}
@@ -160,7 +160,7 @@ def _own_option(name: str) -> Any:
     return property(lambda opt: opt._own[name], lambda opt, value: opt._set_own(name, value))
 
 
-class SGD(torch.optim.Optimizer):
+class SGD(torch.optim.Optimizer, GroupOptions):
     """``torch.optim.SGD`` in one fused pass over float32 and float64 tensors on the CPU.
 
     Parameters
@@ -276,17 +276,6 @@ class SGD(torch.optim.Optimizer):
         """
         return list(self._measured[1])
 
-    lr = GroupOption()
-    momentum = GroupOption()
-    dampening = GroupOption()
-    weight_decay = GroupOption()
-    nesterov = GroupOption()
-    maximize = GroupOption()
-    decoupled_weight_decay = GroupOption()
-    lr_in_velocity = GroupOption()
-    clip_value = GroupOption()
-    dampen_first = GroupOption()
-    flush_subnormals = GroupOption()
     max_norm = _own_option("max_norm")
     skip_nonfinite = _own_option("skip_nonfinite")
     ema_decay = _own_option("ema_decay")
