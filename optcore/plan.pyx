@@ -119,8 +119,7 @@ cdef class Plan(Table):
         self.param_groups = self._lay(groups, nest, rule_named(rule))
         self._adopt(self.param_groups, options)
         if velocities is not None:
-            self._velocity_roots = self._velocity_roots.grown(velocities, nest, 0)
-            self._lend(velocities, nest, 0)
+            self._lend(self._velocity_roots.grown(velocities, nest, 0), 0)
         self._start_states()
         if grads is not None:
             self._bind(Roots("grads").grown(grads, nest, 0))
@@ -667,8 +666,7 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
         grown._install_averages(averages, n)
     grown._adopt(grown.param_groups, {})
     if velocities is not None:
-        grown._velocity_roots = self._velocity_roots.grown(velocities, own, n)
-        grown._lend(velocities, own, n)
+        grown._lend(self._velocity_roots.grown(velocities, own, n), n)
     grown._start_states()
     if grads is not None:
         grown._bind(self._bound_roots.grown(grads, own, n))

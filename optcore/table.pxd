@@ -45,7 +45,6 @@ cdef class Table:
     cdef Roots _param_roots, _bound_roots, _velocity_roots
     cdef object _group_list     # of the dictionaries that the groups were made from, and
     cdef Watch _group_watch     # the watch over it and them
-    cdef tuple _sources         # the user's parameters, of which `_params` are NumPy's views
     cdef tuple _params, _keys, _bound
     cdef readonly tuple _lent   # velocities of the caller's, each an array or None
     cdef Py_ssize_t _velocity   # their place among the states; -1: the rule has none
@@ -61,7 +60,7 @@ cdef class Table:
     cdef Label _label(self, const char *what, Py_ssize_t i)
     cdef Label _owner(self, Py_ssize_t owner)
     cdef int _list_written(self) except -1
-    cdef int _lend(self, object velocities, Nest nest, Py_ssize_t first) except -1
+    cdef int _lend(self, Roots roots, Py_ssize_t first) except -1
     cdef int _start_states(self) except -1
     cdef tuple _allocated(self, Py_ssize_t first)
     cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1
@@ -72,6 +71,9 @@ cdef class Table:
     cdef int _look_again(self) except -1
     cdef int _look_at_params(self) except -1
     cdef int _look_at_velocities(self) except -1
+    cdef int _refuse_replaced(
+        self, tuple now, tuple taken, const char *what, str cure
+    ) except -1
     cdef int _look_at_bound(self) except -1
     cdef int _check_places(self) except -1
     cdef int _check_kept(self, Py_ssize_t i) except -1

@@ -63,7 +63,7 @@ cdef class Table:
         self._single = nest is None
         self._nest = nest
         self._keys = None if all([key is None for key in keys]) else tuple(keys)
-        self._sources = self._param_roots.read(len(arrays), watch)
+        self._param_roots.read(len(arrays), watch)
         self._param_roots.watch = watch
         self._params = tuple([
             check_param(arrays[i], self._label(b"params", i)) for i in range(len(arrays))
@@ -139,22 +139,21 @@ cdef class Table:
             raise ValueError(f"{spell(self._owner(second))} {same} {spell(self._owner(first))}")
         return 0
 
-    cdef int _lend(self, object velocities, Nest nest, Py_ssize_t first) except -1:
-        """Step the caller's velocities of the parameters from `first` on."""
+    cdef int _lend(self, Roots roots, Py_ssize_t first) except -1:
+        """Step the caller's velocities, new ones those of the parameters from `first` on."""
         cdef Py_ssize_t i
         cdef ndarray a
-        cdef tuple given = self._listed(velocities, nest, "velocities")
         cdef Watch watch = Watch()
+        cdef tuple given = roots.read(self._n, watch)
         if self._velocity < 0 or not any([
             RULE_ROWS[self._groups.at[i].rule].n_states > 0 for i in range(self._groups.n)
         ]):
             raise ValueError("velocities must be left out without momentum, got some")
         lent = list(self._lent or (None,) * self._n)
         for i in range(first, self._n):
-            velocity = given[i] if nest is not None else velocities
-            if velocity is None:
+            if given[i] is None:
                 continue
-            a = as_ndarray(velocity, True, self._label(b"velocities", i))
+            a = as_ndarray(given[i], True, self._label(b"velocities", i))
             if not fits(a, <ndarray>self._params[i], True):
                 refuse_misfit(a, <ndarray>self._params[i], True, self._label(b"velocities", i))
             lent[i] = a
@@ -170,8 +169,8 @@ cdef class Table:
         for i in range(first, self._n):
             # one that is zero throughout has not started
             self._slots[i].first_step = lent[i] is None or not np.any(lent[i])
-        self._velocity_roots.read(self._n, watch)
-        self._velocity_roots.watch = watch
+        self._velocity_roots = roots
+        roots.watch = watch
         return 0
 
     cdef int _start_states(self) except -1:
@@ -217,7 +216,7 @@ cdef class Table:
         self._any_float32, self._single, self._nest = grown._any_float32, grown._single, grown._nest
         self._param_roots, self._bound_roots = grown._param_roots, grown._bound_roots
         self._velocity_roots, self._group_watch = grown._velocity_roots, grown._group_watch
-        self._sources, self._params, self._keys = grown._sources, grown._params, grown._keys
+        self._params, self._keys = grown._params, grown._keys
         self._bound, self._bound_scattered = grown._bound, grown._bound_scattered
         self._lent, self._states, self._averages = grown._lent, grown._states, grown._averages
         self._buffers = grown._buffers
@@ -239,7 +238,6 @@ cdef class Table:
 
     cdef int _look_at_params(self) except -1:
         """Refuse another array in the place of a parameter, which nobody would step."""
-        cdef Py_ssize_t i
         cdef Watch watch
         if self._group_watch.changed():
             raise ValueError(
@@ -256,38 +254,41 @@ cdef class Table:
                 "params must stay as the optimizer was built, which add_param_group() changes: "
                 f"{error}"
             ) from error
-        for i in range(self._n):
-            if now[i] is not self._sources[i] and not (
-                is_array(now[i]) and in_one_place(now[i], self._params[i])
-            ):
-                raise ValueError(
-                    f"{spell(self._label(b'params', i))} is another array than the optimizer was "
-                    "built with, and steps would be lost on it: write p[...] = new, not p = new, "
-                    "to give a parameter other values"
-                )
-        self._sources = now
+        self._refuse_replaced(
+            now, self._params, b"params", ", and steps would be lost on it: write p[...] = new, "
+            "not p = new, to give a parameter other values"
+        )
         self._param_roots.watch = watch
         return 0
 
     cdef int _look_at_velocities(self) except -1:
         """Refuse another array in the place of a velocity of the caller's."""
-        cdef Py_ssize_t i
         cdef Watch watch
         if not self._velocity_roots.changed():
             return 0
         watch = Watch()
         now = self._velocity_roots.read(self._n, watch)
+        self._refuse_replaced(
+            now, self._lent, b"velocities",
+            ": write v[...] = new to give a velocity other values"
+        )
+        self._velocity_roots.watch = watch
+        return 0
+
+    cdef int _refuse_replaced(
+        self, tuple now, tuple taken, const char *what, str cure
+    ) except -1:
+        """Refuse an array that is not a view of the memory that was taken in its place."""
+        cdef Py_ssize_t i
         for i in range(self._n):
-            if (now[i] is None) != (self._lent[i] is None) or (
-                now[i] is not None and not (
-                    is_array(now[i]) and in_one_place(now[i], self._lent[i])
-                )
+            if now[i] is not taken[i] and (
+                now[i] is None or taken[i] is None or not is_array(now[i])
+                or not in_one_place(now[i], taken[i])
             ):
                 raise ValueError(
-                    f"{spell(self._label(b'velocities', i))} is another array than the optimizer "
-                    "was built with: write v[...] = new to give a velocity other values"
+                    f"{spell(self._label(what, i))} is another array than the optimizer was built "
+                    f"with{cure}"
                 )
-        self._velocity_roots.watch = watch
         return 0
 
     cdef int _check_kept(self, Py_ssize_t i) except -1:
@@ -537,7 +538,7 @@ cdef class Table:
         """Zero the gradients that a sweep has read from buffers."""
         cdef list arrays = self._to_zero
         self._to_zero = None
-        for array in arrays or ():
+        for array in arrays:
             np.ndarray.fill(array, 0)
         return 0
 
