@@ -230,7 +230,6 @@ def test_buffers_out_of_band(rng):
 ])
 def test_what_went_stale_is_refused(spoil, words, way, tmp_path):
     """By whatever would take it over, save what is no longer used, or write where nobody looks."""
-    pytest.importorskip("safetensors", reason="safetensors is missing")
     params, own = {"w": ones(3), "b": ones(2)}, {"w": ones(3), "b": None}
     groups, path = [{"params": params}], tmp_path / "state"
     opt = optcore.SGD(groups, lr=0.1, momentum=0.9, velocities=own)
@@ -305,7 +304,6 @@ def test_by_name(source, target, missing, unexpected, stay, rates, door, tmp_pat
     if door == "state_dict":
         report = opt.load_state_dict(old.state_dict(), by_name=True)
     else:
-        pytest.importorskip("safetensors", reason="safetensors is missing")
         old.save(tmp_path / "state")
         report = opt.restore(tmp_path / "state", by_name=True)
     assert (report.missing, report.unexpected, report.groups) == (missing, unexpected, stay)
@@ -363,7 +361,6 @@ def test_by_name_refused(params, spoil, error, words, tmp_path):
             opt.load_state_dict(state, by_name=True)
         assert everything(opt, params) == before
     if state["param_groups"][0]["param_names"] == ["a", "b", "c"]:
-        pytest.importorskip("safetensors", reason="safetensors is missing")
         old.save(tmp_path / "state", include_params=True)
         with pytest.raises(CheckpointError):
             opt.restore(tmp_path / "state", by_name=True)

@@ -197,7 +197,6 @@ class Saved:
         self.state = model.opt.state_dict()
         self.path = folder / "a.safetensors"
         if "save" in name or name == "restore":
-            pytest.importorskip("safetensors")
             model.opt.save(self.path)
             self.content = self.path.read_bytes()
 
@@ -331,7 +330,6 @@ def load_edited(model):
 
 
 def save(model):
-    pytest.importorskip("safetensors")
     model.opt.save("/there/is/no/such/folder")
 
 
@@ -845,8 +843,6 @@ def test_a_state_is_of_one_step(what, tmp_path, eager):
     """Parameters, velocity, average and count, while another thread steps."""
     shared = Shared(1 << 15, 32)    # 4 MiB in many copies, each of which lets the GIL go
     path = tmp_path / "now"
-    if what != "state_dict":
-        pytest.importorskip("safetensors")
     taken = []
 
     def step():

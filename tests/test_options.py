@@ -1125,7 +1125,6 @@ def test_state_of_schedules(names, script, rng):
 
 @pytest.mark.parametrize("names", EVERY, ids="+".join)
 def test_checkpoint_of_schedules(names, script, rng, tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is missing")
     path = tmp_path / "c"
     schedules = chosen_schedules(names)
     x = draw(rng)
@@ -1162,7 +1161,6 @@ def test_a_schedule_where_a_number_was_saved(name, script, rng, tmp_path):
     own = optcore.SGD(copy.deepcopy(x), **{"lr": 0.1, name: SCHEDULES[name]})
     own.load_state_dict(opt.state_dict())
     assert own.param_groups[0][name] == 0.25
-    pytest.importorskip("safetensors", reason="safetensors is missing")
     opt.save(tmp_path / "c")
     for value in (SCHEDULES[name], 0.75):
         with pytest.raises(ValueError, match=f"^{name} must be left out, since .* holds it"):
@@ -1176,7 +1174,6 @@ def test_a_schedule_where_a_number_was_saved(name, script, rng, tmp_path):
 
 def test_schedules_of_one_group_of_two(script, rng, tmp_path):
     """Each group names its own; a keyword serves those that do not give theirs."""
-    pytest.importorskip("safetensors", reason="safetensors is missing")
 
     def groups(**second):
         return [{"params": {"a": np.ones(3)}}, {"params": {"b": np.ones(2)}, **second}]
@@ -1258,7 +1255,6 @@ def test_versions_to_come_are_refused(version, rng, tmp_path):
     before = contents(opt)
     with pytest.raises(ValueError, match=rf"\['version'\] must be .* got {version!r}"):
         opt.load_state_dict(state)
-    pytest.importorskip("safetensors", reason="safetensors is missing")
     checkpoint.write(tmp_path / "c", state)
     with pytest.raises(optcore.CheckpointError, match=r"\['version'\] must be"):
         opt.restore(tmp_path / "c")
