@@ -146,16 +146,18 @@ cdef str order_of(ndarray array):
 
 cdef int check_fit(ndarray a, ndarray param, str name) except -1:
     cdef tuple shape = (<object>a).shape, wanted = (<object>param).shape
+    cdef str it = "v" if name.startswith("velocit") else "g" if "grad" in name else "a"
     if PyArray_TYPE(a) != PyArray_TYPE(param) or not PyArray_ISNOTSWAPPED(a):
         raise TypeError(
-            f"{name} has dtype {a.dtype}; its parameter has {param.dtype}: g.astype(p.dtype) has it"
+            f"{name} has dtype {a.dtype}; its parameter has {param.dtype}: "
+            f"{it}.astype(p.dtype) has it"
         )
     if not same_shape(a, param):
         cure = ""
         if len(shape) > 1 and shape == wanted[::-1]:
-            cure = ": g.T has it"
+            cure = f": {it}.T has it"
         elif size_of(a) == size_of(param):
-            cure = ": g.reshape(p.shape) has it"
+            cure = f": {it}.reshape(p.shape) has it"
         raise ValueError(f"{name} has shape {shape}; its parameter has {wanted}{cure}")
     return 0
 

@@ -219,20 +219,24 @@ cdef class Plan(Table):
 
     # Stepping
 
-    cdef list _sets_of(self, object grads):
-        """The gradients given to a step, or None for bound ones that lie as they must."""
+    cdef list _given(self, object grads):
+        """The gradients given to a step, or None for the bound ones."""
         if grads is not bound_grads:
             return [self._listed(grads, self._nest, "grads")]
         if self._bound is None:
             raise TypeError("grads must be given to step() where none were bound")
+        return None
+
+    cdef list _bound_sets(self):
+        """The gradients that are bound now, or None where they lie as they must."""
         self._look_at_bound()
         return [self._bound] if self._bound_scattered else None
 
-    cdef Step _prepare(
-        self, list sets, tuple names, object grad_scale, object zero_grad, object weights=None,
-        bint asks=True, bint gathers=True,
+    cdef Step _asked(
+        self, object grad_scale, object zero_grad, object weights=None, Py_ssize_t n_sets=1,
+        bint asks=True,
     ) except *:
-        """Everything of a step that can fail, in the order that its parts rely on.
+        """Check a step's arguments, and ask schedules, which may change what it reads after them.
 
         Where it does not ask, options stay at the numbers of the last time it did.
         """
@@ -241,26 +245,31 @@ cdef class Plan(Table):
         step.scale = number(grad_scale, "grad_scale", POSITIVE)
         step.weights = NULL
         if weights is None:
-            step.scale /= len(names)
+            step.scale /= n_sets
         else:
-            step.weights = self._weights_of(weights, len(names))
-        self._look_again()
+            step.weights = self._weights_of(weights, n_sets)
+        if step.scale != 1 and self._any_float32:
+            check_rounding(row_named("grad_scale"), step.scale, "grad_scale")
         step.ema_decay = self._own.ema_decay
         if asks:
             self._read_groups()
             self._groups.follow(self.step_count)
-        if step.scale != 1 and self._any_float32:
-            check_rounding(row_named("grad_scale"), step.scale, "grad_scale")
-        if asks:
             step.ema_decay = self._current_ema_decay()
-        self._ready(sets, names, &step, gathers)
+        return step
+
+    cdef list _prepare(self, list sets, tuple names, Step *step, bint gathers=True):
+        """All else of a step that can fail; returns what holds the gradients for the sweep."""
+        if sets is None:
+            sets = self._bound_sets()
+        self._look_again()
+        self._ready(sets, names, step, gathers)
         if not step.has_gradient:
             raise ValueError("grads must hold at least one array, got None for every parameter")
         if step.lacks_states or (measures(&self._own) and not self._norm.is_prepared()):
             self._start_states()
             self._norm.prepare(self._tensors, self._n)
-            self._take(sets, names, &step)      # again, for allocating may run a finalizer
-        return step
+            self._take(sets, names, step)       # again, for allocating may run a finalizer
+        return sets
 
     cdef const double *_weights_of(self, object weights, Py_ssize_t n) except? NULL:
         """The replicas' weights, divided by their sum in float64; NULL for one replica."""
@@ -504,21 +513,24 @@ cdef class Plan(Table):
 # The calls that `_exclusively` runs
 
 cdef object take_step(Plan self, object grads, object grad_scale, object zero_grad):
-    cdef list sets = self._sets_of(grads)       # holds what the sweep reads
-    cdef Step step = self._prepare(sets, GRADS, grad_scale, zero_grad)
+    cdef list sets = self._given(grads)
+    cdef Step step = self._asked(grad_scale, zero_grad)
+    sets = self._prepare(sets, GRADS, &step)
     return self._step(&step)
 
 
 cdef object check_step(Plan self, object grads, object grad_scale, object zero_grad):
-    cdef list sets = self._sets_of(grads)
-    cdef Step step = self._prepare(sets, GRADS, grad_scale, zero_grad, None, True, False)
+    cdef list sets = self._given(grads)
+    cdef Step step = self._asked(grad_scale, zero_grad)
+    sets = self._prepare(sets, GRADS, &step, False)
     return (self._bound if sets is None else sets[0]), self._groups.values(), step.ema_decay
 
 
 cdef object take_checked(Plan self, object grads, object grad_scale, object ema_decay):
-    cdef list sets = self._sets_of(grads)
-    cdef Step step = self._prepare(sets, GRADS, grad_scale, False, None, False)
+    cdef list sets = self._given(grads)
+    cdef Step step = self._asked(grad_scale, False, None, 1, False)
     step.ema_decay = ema_decay
+    sets = self._prepare(sets, GRADS, &step)
     return self._step(&step)
 
 
@@ -537,7 +549,8 @@ cdef object take_replicas(Plan self, object replica_grads, object scaling, objec
     sets = [self._listed(grads, self._nest, name)
             for grads, name in zip(replica_grads, names, strict=True)]
     labels = tuple([name.encode() for name in names])
-    step = self._prepare(sets, labels, grad_scale, zero_grad, weights)
+    step = self._asked(grad_scale, zero_grad, weights, len(sets))
+    sets = self._prepare(sets, labels, &step)
     return self._step(&step)
 
 
@@ -605,7 +618,7 @@ cdef object zero_bound(Plan self, object _, object __, object ___):
     cdef list sets
     if self._bound is None:
         raise RuntimeError("zero_grad() needs gradients bound with SGD(..., grads=...)")
-    sets = self._sets_of(bound_grads)
+    sets = self._bound_sets()
     step.zeroing = True
     step.weights = NULL
     self._look_again()

@@ -145,10 +145,6 @@ cdef class Table:
         cdef ndarray a
         cdef Watch watch = Watch()
         cdef tuple given = roots.read(self._n, watch)
-        if self._velocity < 0 or not any([
-            RULE_ROWS[self._groups.at[i].rule].n_states > 0 for i in range(self._groups.n)
-        ]):
-            raise ValueError("velocities must be left out without momentum, got some")
         lent = list(self._lent or (None,) * self._n)
         for i in range(first, self._n):
             if given[i] is None:
@@ -156,12 +152,21 @@ cdef class Table:
             a = as_ndarray(given[i], True, self._label(b"velocities", i))
             if not fits(a, <ndarray>self._params[i], True):
                 refuse_misfit(a, <ndarray>self._params[i], True, self._label(b"velocities", i))
+            if RULE_ROWS[self._groups.at[self._slots[i].group].rule].n_states == 0:
+                raise ValueError(
+                    f"{spell(self._label(b'velocities', i))} must be None without momentum, "
+                    "got an array"
+                )
             lent[i] = a
+        self._velocity_roots = roots
+        roots.watch = watch
+        self._lent = tuple(lent)
+        if self._velocity < 0:
+            return 0
         arrays = self._states[self._velocity] or (None,) * self._n
         own = allocate_like([self._params[i] for i in range(self._n)
                              if lent[i] is None and arrays[i] is None])
         own = iter(own)
-        self._lent = tuple(lent)
         self._install_state(self._velocity, tuple([
             lent[i] if lent[i] is not None else arrays[i] if arrays[i] is not None else next(own)
             for i in range(self._n)
@@ -169,8 +174,6 @@ cdef class Table:
         for i in range(first, self._n):
             # one that is zero throughout has not started
             self._slots[i].first_step = lent[i] is None or not np.any(lent[i])
-        self._velocity_roots = roots
-        roots.watch = watch
         return 0
 
     cdef int _start_states(self) except -1:

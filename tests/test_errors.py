@@ -80,7 +80,8 @@ FUNCTIONS = {
     "nesterov": (optcore.nesterov_step, ["param", "grad", "velocity"]),
 }
 TABLE = [
-    pytest.param(rule, name, make, error, words if name == "param" else AGAINST.get(row, words),
+    pytest.param(rule, name, make, error,
+                 words if name == "param" else AGAINST.get(row, words).replace(" g.", f" {name[0]}."),
                  id=f"{rule}-{name}-{row}")
     for rule, (_, names) in FUNCTIONS.items()
     for name in names

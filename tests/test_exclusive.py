@@ -936,3 +936,30 @@ def test_a_norm_asked_for_while_states_are_allocated():
         opt.track_grad_norm = True
         assert opt.step([g]) and opt.grad_norm > 0
     """)
+
+
+@pytest.mark.parametrize("option", ["lr", "ema_decay"])
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_schedule_that_rebinds_what_is_stepped(option, bound):
+    """In the middle of a step: a parameter is refused, a bound gradient taken over.
+
+    Gradients that were given are those of the call.
+    """
+    params, grads = {"w": np.ones(3)}, {"w": np.ones(3)}
+    old = params["w"]
+    now = None
+
+    def schedule(_):
+        if now is not None:
+            now[0]["w"] = now[1]
+        return 0.5
+
+    opt = optcore.SGD(params, **{"lr": 0.5, option: schedule}, grads=grads if bound else None)
+    now = grads, np.full(3, 4.0)
+    opt.step(*[grads] * (not bound))
+    np.testing.assert_array_equal(old, -1 if bound else 0.5)
+    now = params, np.full(3, 9.0)
+    with pytest.raises(ValueError, match="is another array than the optimizer was built with"):
+        opt.step(*[grads] * (not bound))
+    np.testing.assert_array_equal(old, -1 if bound else 0.5)
+    np.testing.assert_array_equal(params["w"], 9)

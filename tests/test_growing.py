@@ -55,9 +55,9 @@ A_GRAD = ones(3)
 
 
 @pytest.mark.parametrize(("group", "more", "error", "words"), [
-    (ones(1), {}, TypeError, "must be a group dictionary"),
-    ([{"params": ones(1)}], {}, TypeError, "must be a group dictionary"),
-    ({"lr": 0.1}, {}, ValueError, "must have a key 'params'"),
+    (ones(1), {}, TypeError, "^param_group must be a group dictionary, got ndarray"),
+    ([{"params": ones(1)}], {}, TypeError, "^param_group must be a group dictionary, got list"),
+    ({"lr": 0.1}, {}, ValueError, "^param_group must have a key 'params'"),
     ({"params": {"c": ones(1)}, "lrr": 0.1}, {}, TypeError, "unknown option 'lrr'"),
     ({"params": {"c": ones(1)}, "max_norm": 0.1}, {}, TypeError, "unknown option 'max_norm'"),
     ({"params": {"c": ones(1)}, "lr": -1}, {}, ValueError, "lr must be a finite number >= 0"),
@@ -175,3 +175,12 @@ def test_attributes_that_nobody_reads(name):
     own = Own(ones(3), lr=0.1)
     own.note, own.lr = [1], 0.5                         # a subclass has attributes of its own
     assert (own.note, own.lr, own.param_groups[0]["lr"]) == ([1], 0.5, 0.5)
+
+
+def test_an_option_that_was_deleted():
+    opt = optcore.SGD([{"params": [ones(1)]}, {"params": [ones(1)]}], lr=0.1)
+    del opt.param_groups[1]["lr"]
+    with pytest.raises(KeyError, match=r"param_groups\[1\]: option 'lr' is missing"):
+        print(opt.lr)
+    opt.lr = 0.5
+    assert [group["lr"] for group in opt.param_groups] == [0.5, 0.5]

@@ -20,6 +20,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -241,6 +242,30 @@ def schedules_are_asked_once_a_step(comm):
             one.step_replicas([gradients(k, rank) for rank in range(comm.size)])
         assert asked == [(what, k) for k in range(3) for what in ("lr", "ema")]
         assert_same([*ours, *opt.ema], [*theirs, *one.ema])
+
+
+@scenario
+def a_subclass_keeps_more(comm):
+    """What its `state_dict` has besides is saved and restored on all ranks."""
+    from optcore import mpi
+
+    for base in (mpi.DataParallelSGD, mpi.ShardedSGD):
+        class More(base):
+            epoch = 7
+
+            def state_dict(self):
+                return {**super().state_dict(), "epoch": self.epoch}
+
+            def load_state_dict(self, state_dict, **more):
+                self.epoch = state_dict["epoch"]
+                return super().load_state_dict(state_dict, **more)
+
+        opt = More(model(), comm, lr=0.1)
+        path = comm.bcast(str(Path(tempfile.mkdtemp()) / "c"))
+        opt.save(path)
+        opt.epoch = 0
+        opt.restore(path)
+        assert opt.epoch == 7
 
 
 @scenario

@@ -60,7 +60,8 @@ def read_only():
 
 
 @pytest.mark.parametrize(("own", "error", "words"), [
-    ({"a": np.zeros(3), "b": None}, TypeError, r"\[0\] \('a'\) has dtype float64"),
+    ({"a": np.zeros(3), "b": None}, TypeError,
+     r"\[0\] \('a'\) has dtype float64; its parameter has float32: v\.astype\(p\.dtype\) has it"),
     ({"a": ones(4), "b": None}, ValueError, r"\[0\] \('a'\) has shape \(4,\)"),
     ({"a": ones(6)[::2], "b": None}, ValueError, r"\[0\] \('a'\) .*C-contiguous"),
     ({"a": None, "b": ones(3, 2).T}, ValueError, r"\[1\] \('b'\) is Fortran-contiguous"),
@@ -87,8 +88,17 @@ def test_one_memory_for_two():
         optcore.SGD(params, lr=0.1, momentum=0.9, velocities={"a": v[:4], "b": v[2:]})
     with pytest.raises(ValueError, match=r"velocities\[0\] \('a'\) shares memory with params\[1\]"):
         optcore.SGD(params, lr=0.1, momentum=0.9, velocities={"a": params["b"], "b": None})
-    with pytest.raises(ValueError, match="velocities must be left out without momentum"):
+    with pytest.raises(ValueError, match=r"velocities\[0\] \('a'\) must be None without momentum"):
         optcore.SGD(params, lr=0.1, velocities={"a": ones(4), "b": None})
+    groups = [{"params": ones(4)}, {"params": ones(4), "momentum": 0.9}]
+    with pytest.raises(ValueError, match=r"velocities\[0\] must be None without momentum"):
+        optcore.SGD(groups, lr=0.1, velocities=[ones(4), ones(4)])
+    optcore.SGD(groups, lr=0.1, velocities=[None, ones(4)])
+    none = [None]
+    opt = optcore.SGD([ones(4)], lr=0.1, velocities=none)
+    none[0] = ones(4)
+    with pytest.raises(ValueError, match=r"velocities\[0\] is another array"):
+        opt.step([ones(4)])
     with pytest.raises(TypeError, match="unknown option 'velocities'"):
         optcore.SGD([{"params": params, "velocities": None}], lr=0.1, momentum=0.9)
 

@@ -110,18 +110,21 @@ def read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[Group], Nes
 
 
 def read_group(
-    options: Any, defaults: dict[str, Any], before: list[Group], grouped: bool = True
+    options: Any, defaults: dict[str, Any], before: list[Group], grouped: bool = True,
+    what: str | None = None,
 ) -> Group:
     """Return one group, complete, whose parameters follow on those of the groups before."""
     i = len(before)
     where = f"param_groups[{i}]"
     if not isinstance(options, Mapping):
         raise TypeError(
-            f"params[{i}] must be a group dictionary as its neighbours are, "
-            f"got {type(options).__name__}"
+            f"{what or f'params[{i}]'} must be a group dictionary"
+            f"{'' if what else ' as its neighbours are'}, got {type(options).__name__}"
         )
     if "params" not in options:
-        raise ValueError(f"params[{i}] must have a key 'params', got {list(options)!r}")
+        raise ValueError(
+            f"{what or f'params[{i}]'} must have a key 'params', got {list(options)!r}"
+        )
     params = options["params"]
     if isinstance(params, Iterator):
         params = list(params)

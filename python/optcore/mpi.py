@@ -370,7 +370,7 @@ class _Distributed(SGD):
             numbers of steps. The old file stays.
         """
         def collect() -> tuple[dict[str, Any], list[str]]:
-            contents = self._contents(include_params)
+            contents = self._all_contents(include_params)
             return contents, [f"step {contents['step_count']}"]
 
         contents = _agree(self.comm, collect)   # before rank 0 replaces an old file

@@ -32,7 +32,11 @@ class GroupOption:
         """Return the value that all groups have."""
         if opt is None:
             return self
-        values = [group[self._name] for group in opt.param_groups]
+        groups = opt.param_groups
+        for i, group in enumerate(groups):
+            if self._name not in group:
+                raise KeyError(f"param_groups[{i}]: option {self._name!r} is missing")
+        values = [group[self._name] for group in groups]
         if any(value is not values[0] and value != values[0] for value in values):
             raise ValueError(
                 f"{self._name} is not the same in all groups, got {values!r}: "
@@ -252,7 +256,7 @@ class SGD(Plan, GroupOptions):
             raise RuntimeError("this optimizer was never built")
         before = [group._replace(options=options)
                   for group, options in zip(self._groups_read, self.param_groups, strict=False)]
-        own = read_group(param_group, self._defaults, before)
+        own = read_group(param_group, self._defaults, before, what="param_group")
         groups = [*before, own]
         return groups, (structure_of(groups), own.nest)
 
@@ -377,6 +381,13 @@ class SGD(Plan, GroupOptions):
             "state": dict(enumerate(copied["state"])),
         }
 
+    def _all_contents(self, include_params: bool) -> dict[str, Any]:
+        """Return `_contents`, and what a subclass's `state_dict` has besides."""
+        contents = self._contents(include_params)
+        if type(self).state_dict is SGD.state_dict:
+            return contents
+        return {**self.state_dict(), **contents}
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *, by_name: bool = False) -> NotFound:
         """Go on from a state that `state_dict` returned.
 
@@ -441,10 +452,7 @@ class SGD(Plan, GroupOptions):
         KeyError, ValueError, RuntimeError
             As `state_dict`.
         """
-        contents = self._contents(include_params)
-        if type(self).state_dict is not SGD.state_dict:     # a subclass may have more to keep
-            contents = {**self.state_dict(), **contents}
-        checkpoint.write(path, contents)
+        checkpoint.write(path, self._all_contents(include_params))
 
     def restore(self, path: checkpoint.FilePath, *, by_name: bool = False) -> NotFound:
         """Go on from a file that `save` wrote, as `load_state_dict` does.

@@ -514,7 +514,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                 if key == "ema":
                     entries[i]["ema"] = owner.turned(tensor).detach().numpy()
                 else:
-                    velocities[i] = owner.turned(tensor)
+                    velocities[i] = owner.turned(tensor) if owner.group["momentum"] else None
                     entries[i]["first_step"] = False
         moving = any(group["momentum"] for group in groups)
         plan = optcore.SGD(groups, velocities=velocities if moving else None, **options)
