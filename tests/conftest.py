@@ -1,11 +1,14 @@
 """Guard, fixtures and the count of compared cases."""
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,28 +71,55 @@ def rng():
     return np.random.default_rng(20170425)
 
 
-# What is compiled against the installed package, once for all tests
+# Long work of other processes, once for all tests: it begins before the first of them, and the
+# fixture of that name awaits it.
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 CXX = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
 HAS_CXX = os.name == "nt" or shutil.which(CXX) is not None
 
+_begun = pytest.StashKey[dict]()
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly:
+        return
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    factory = session.config._tmp_path_factory
+    session.config.stash[_begun] = {
+        name: begin(factory) for name, begin in BEGINNINGS.items() if name in wanted
+    }
+
+
+def begin_gallery(factory):
+    """The gallery as it is built for readers, but for the number of the network's seeds."""
+    from lecture.build import build
+
+    out = factory.mktemp("gallery")
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    done = pool.submit(build, out, seeds=2)
+    pool.shutdown(wait=False)
+    return out, done
+
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory):
-    """Return how to get a folder that holds the built extensions of ``source``, a folder too.
+def gallery(request):
+    """The folder of the gallery, the stories and the checks."""
+    out, done = request.config.stash[_begun]["gallery"]
+    return out, *done.result()
 
-    All are built at the same time, for that is most of what these tests take.
-    """
-    for package in ("setuptools", "Cython"):
-        pytest.importorskip(package, reason=f"building against optcore needs {package}")
+
+def begin_builds(factory):
+    """Extensions compiled against the installed package."""
+    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("Cython") is None:
+        return None
     sources = [TESTS / "embedding", EXAMPLES / "embed_c", EXAMPLES / "embed_cython"]
     if HAS_CXX:
         sources.append(EXAMPLES / "embed_cpp")
     running = {}
     for source in sources:
-        folder = tmp_path_factory.mktemp(source.name) / "build"
+        folder = factory.mktemp(source.name) / "build"
         shutil.copytree(source, folder)
         running[source] = folder, subprocess.Popen(
             [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, text=True,
@@ -97,6 +127,15 @@ def build(tmp_path_factory):
             env={**os.environ, "OPTCORE_SOURCES": str(TESTS.parent),
                  **({} if HAS_CXX else {"NO_CXX": "1"})},
         )
+    return running
+
+
+@pytest.fixture(scope="session")
+def build(request):
+    """Return how to get a folder that holds the built extensions of ``source``, a folder too."""
+    running = request.config.stash[_begun]["build"]
+    if running is None:
+        pytest.skip("building against optcore needs setuptools and Cython")
     done = {}
     for source, (folder, process) in running.items():
         output = process.communicate(timeout=240)[0]
@@ -108,6 +147,9 @@ def build(tmp_path_factory):
         return folder
 
     return built
+
+
+BEGINNINGS = {"gallery": begin_gallery, "build": begin_builds}
 
 
 @pytest.fixture(scope="session")

@@ -925,10 +925,14 @@ def test_an_interrupted_save(name, late, tmp_path, monkeypatch):
         return done if late else own(*args, **more)
 
     new = opt._contents(include_params=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            opt.save(path, include_params=True)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                opt.save(path, include_params=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert_kept(path, opt, new if in_place else saved)
 
 

@@ -47,14 +47,6 @@ STATED = {
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory):
-    """The gallery as it is built for readers, but for the number of the network's seeds."""
-    out = tmp_path_factory.mktemp("gallery")
-    stories, checks = build.build(out, seeds=2)
-    return out, stories, checks
-
-
-@pytest.fixture(scope="module")
 def page(gallery):
     return (gallery[0] / "index.html").read_text(encoding="utf-8")
 
