@@ -81,7 +81,8 @@ FUNCTIONS = {
 }
 TABLE = [
     pytest.param(rule, name, make, error,
-                 words if name == "param" else AGAINST.get(row, words).replace(" g.", f" {name[0]}."),
+                 words if name == "param"
+                 else AGAINST.get(row, words).replace(" g.", f" {name[0]}."),
                  id=f"{rule}-{name}-{row}")
     for rule, (_, names) in FUNCTIONS.items()
     for name in names

@@ -27,7 +27,7 @@ def test_mypy_strict():
 
 def test_stubs_are_what_was_compiled(tmp_path):
     allowlist = Path(__file__).with_name("stubtest_allowlist.txt")
-    # Nothing of PyTorch's or scikit-learn's is compared; to read their types takes most of a minute.
+    # Nothing of PyTorch's or scikit-learn's is compared; to read their types takes long.
     config = tmp_path / "mypy.ini"
     config.write_text(
         "[mypy]\nstrict = True\ndisable_error_code = has-type\n"
