@@ -6,9 +6,9 @@ level's compiler flags reach every loop and each constant argument becomes code.
 
 Options come in three places. What is neutral for free (scale, maximize, decoupled decay,
 dampening) is always in the rule's loop; coupled decay has a loop of its own, for no value of
-λ leaves every bit as it was; the rest (several gradients, clipping by value, flushing, averaging,
-zeroing) are stages around the rule's loop, run block by block while the block is in L1. So is
-the opening of arrays that are stored in another type than they are stepped in.
+λ leaves every bit as it was, and so has flushing; the rest (several gradients, clipping by value,
+averaging, zeroing) are stages around the rule's loop, run block by block while the block is in
+L1. So is the opening of arrays that are stored in another type than they are stepped in.
 """
 from libc.float cimport DBL_MIN, FLT_MIN
 from libc.math cimport INFINITY, isfinite
@@ -43,6 +43,7 @@ cdef inline inlined rule_loop(
     const Rule rule,
     const Variant variant,
     const bint decay,
+    const bint flushes,
     real *restrict x,
     const real *restrict d,
     real *restrict u,
@@ -54,9 +55,11 @@ cdef inline inlined rule_loop(
 ) noexcept nogil:
     cdef real weight_decay = <real>s.weight_decay
     cdef real shrink = <real>s.shrink
+    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
     cdef real xi, di
     cdef real[MOST_STATES] states
     cdef Py_ssize_t i
+    cdef int k
     for i in range(n):
         xi = x[i]
         di = scale * d[i]
@@ -70,6 +73,9 @@ cdef inline inlined rule_loop(
         if RULE_ROWS[rule].n_states > 2:
             states[2] = w[i]
         apply_rule(rule, variant, &xi, di, states, s)
+        if flushes:             # what is below the smallest normal number; a NaN is not
+            for k in range(RULE_ROWS[rule].n_states):
+                states[k] = 0 if -least < states[k] < least else states[k]
         if RULE_ROWS[rule].n_states > 0:
             u[i] = states[0]
         if RULE_ROWS[rule].n_states > 1:
@@ -80,8 +86,8 @@ cdef inline inlined rule_loop(
 
 
 cdef inline inlined run_decay(
-    const Rule rule, const Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
-    Py_ssize_t n, real scale, const Scalars *s,
+    const Rule rule, const Variant variant, const bint flushes, real *x, const real *d,
+    real **states, Py_ssize_t at, Py_ssize_t n, real scale, const Scalars *s,
 ) noexcept nogil:
     """Run over n elements of x and d, and those of the rule's states from `at` on."""
     cdef real *u = NULL
@@ -94,9 +100,19 @@ cdef inline inlined run_decay(
     if RULE_ROWS[rule].n_states > 2:
         w = states[2] + at
     if s.weight_decay != 0:
-        rule_loop(rule, variant, True, x, d, u, v, w, n, scale, s)
+        rule_loop(rule, variant, True, flushes, x, d, u, v, w, n, scale, s)
     else:
-        rule_loop(rule, variant, False, x, d, u, v, w, n, scale, s)
+        rule_loop(rule, variant, False, flushes, x, d, u, v, w, n, scale, s)
+
+
+cdef inline inlined run_flushing(
+    const Rule rule, const Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
+    Py_ssize_t n, real scale, const Scalars *s,
+) noexcept nogil:
+    if RULE_ROWS[rule].n_states > 0 and s.flushes:
+        run_decay(rule, variant, True, x, d, states, at, n, scale, s)
+    else:
+        run_decay(rule, variant, False, x, d, states, at, n, scale, s)
 
 
 cdef inline inlined run_variant(
@@ -106,11 +122,11 @@ cdef inline inlined run_variant(
     if rule >= N_RULES:
         return
     if has_variant(rule, LR_IN_VELOCITY) and variant == LR_IN_VELOCITY:
-        run_decay(rule, LR_IN_VELOCITY, x, d, states, at, n, scale, s)
+        run_flushing(rule, LR_IN_VELOCITY, x, d, states, at, n, scale, s)
     elif has_variant(rule, FIRST) and variant == FIRST:
-        run_decay(rule, FIRST, x, d, states, at, n, scale, s)
+        run_flushing(rule, FIRST, x, d, states, at, n, scale, s)
     else:
-        run_decay(rule, PLAIN, x, d, states, at, n, scale, s)
+        run_flushing(rule, PLAIN, x, d, states, at, n, scale, s)
 
 
 cdef inline inlined run_rule(
@@ -175,14 +191,6 @@ cdef inline inlined scale_and_clip(
         d[i] = bound if di > bound else di
 
 
-cdef inline inlined flush(real *restrict v, Py_ssize_t n) noexcept nogil:
-    """v = 0 where |v| is below the smallest normal number; a NaN stays."""
-    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
-    cdef Py_ssize_t i
-    for i in range(n):
-        v[i] = 0 if -least < v[i] < least else v[i]
-
-
 cdef inline inlined average(
     real *restrict e, const real *restrict x, Py_ssize_t n, const Scalars *s
 ) noexcept nogil:
@@ -235,7 +243,7 @@ cdef inline inlined step_blocks(
     cdef size_t itemsize = sizeof(real) if is_open else itemsize_of(t.param.storage)
     cdef Py_ssize_t block = end - begin
     cdef Py_ssize_t n = -(<uintptr_t>t.param.data + begin * itemsize) % LINE // itemsize
-    cdef bint trailed = s.flushes or t.ema != NULL or t.zero_grad
+    cdef bint trailed = t.ema != NULL or t.zero_grad
     cdef int k
     if staged or trailed or not is_open:
         block = BLOCK
@@ -259,9 +267,6 @@ cdef inline inlined step_blocks(
             t.rule, t.variant, x, d, states, begin if is_open else 0, n, scale, s
         )
         if trailed:
-            if s.flushes:
-                for k in range(RULE_ROWS[t.rule].n_states):
-                    flush(states[k] + (begin if is_open else 0), n)
             if t.ema:
                 average(<real *>t.ema + begin, x, n, s)
             if t.zero_grad:
