@@ -120,6 +120,23 @@ def test_together(way):
             copied.step()
 
 
+@by_way
+def test_velocities_that_lie_idle(way):
+    """Momentum may be 0 by now, with which no optimizer is given velocities."""
+    p, q, v, w = ones(3), ones(2), ones(3), ones(2)
+    opt = optcore.SGD({"p": p}, lr=0.5, momentum=0.9, velocities={"p": v})
+    opt.add_param_group({"params": {"q": q}}, velocities={"q": w})
+    opt.momentum = 0
+    copied, (x, y, u) = way((opt, (p, q, v)))
+    assert copied.momentum == 0
+    assert copied.step({"p": ones(3), "q": ones(2)})
+    for array, expected in ((x, ones(3) / 2), (y, ones(2) / 2), (u, v)):
+        assert same_bits(array, expected)
+    copied.momentum = 0.5
+    copied.step({"p": ones(3), "q": ones(2)})
+    assert same_bits(u, 1.5 * v)
+
+
 def test_shallow(rng):
     """copy.copy: the same parameters, velocities of its own."""
     opt, twin, params = stepped(rng)

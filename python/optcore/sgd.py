@@ -287,14 +287,18 @@ class SGD(Plan, GroupOptions):
         """Build anew and go on from where the copied optimizer was."""
         (params, grads, velocities), *added = state["given"]
         copied, groups = state["copied"], state["groups"]
-        self._begin(params, grads, velocities, state["defaults"], copied["options"], groups)
+        moving = groups
+        if any(lent is not None for _, _, lent in state["given"]):
+            # momentum may have been set to 0 since, with which no velocities are taken
+            moving = [{**group, "momentum": 0.5} if group["momentum"] == 0 else group
+                      for group in groups]
+        self._begin(params, grads, velocities, state["defaults"], copied["options"], moving)
         for param_group, grads, velocities in added:
-            changed = {**param_group, **groups[len(self.param_groups)]}
+            changed = {**param_group, **moving[len(self.param_groups)]}
             self.add_param_group(changed, grads=grads, velocities=velocities)
         self._given = state["given"]
-        self._restore(
-            self.param_groups, copied["state"], {}, (copied["step_count"], copied["skipped"])
-        )
+        groups = [{**own, **group} for own, group in zip(self.param_groups, groups, strict=True)]
+        self._restore(groups, copied["state"], {}, (copied["step_count"], copied["skipped"]))
         for name, value in state["own"].items():
             setattr(self, name, value)
 
