@@ -339,7 +339,7 @@ class _Distributed(SGD):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, by_name: bool = False) -> NotFound:
-        """Go on from the state that `state_dict` of any optimizer returned, on all ranks.
+        """Go on from what `optcore.SGD.state_dict` of any optimizer returned, on all ranks.
 
         As `optcore.SGD.load_state_dict`; the state is whole, whatever number of ranks it comes
         from. Collective.
@@ -485,11 +485,11 @@ class ShardedSGD(_Distributed):
     al., 2020). The parameters are laid end to end, a buffer a dtype, and cut into equal shards;
     a step sums the gradients with Reduce_scatter, steps this rank's shard where it lies in the
     parameters, and collects the shards with Allgather. Parameters have the bits of
-    `DataParallelSGD` where MPI adds up in the same order and `max_norm` does not act: the norm
+    `DataParallelSGD` where MPI adds up in the same order and ``max_norm`` does not act: the norm
     is a sum over shards.
 
     ``param_groups[g]["params"]`` are this rank's parts, one for each parameter, many of them
-    empty. `ema`, `state_dict` and `save` collect from all ranks, hence are collective.
+    empty. `ema`, `save` and ``state_dict`` collect from all ranks, hence are collective.
     """
 
     __slots__ = ("_sums", "_whole")

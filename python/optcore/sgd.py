@@ -27,6 +27,7 @@ class GroupOption:
     def __set_name__(self, owner: type, name: str) -> None:
         """Learn which option it is."""
         self._name = name
+        self.__doc__ = f"The option ``{name}`` of all groups, to be read and set."
 
     def __get__(self, opt: Any, kind: type | None = None) -> Any:
         """Return the value that all groups have."""
@@ -464,6 +465,18 @@ class SGD(Plan, GroupOptions):
         Options of the whole optimizer (`max_norm`, `skip_nonfinite`, `track_grad_norm`,
         `ema_decay`) come from the file too; where the decay was saved as a callable, this
         optimizer's own stays. Parameters are written where the file holds them.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+            A file that `save` wrote.
+        by_name : bool, default False
+            As in `load_state_dict`.
+
+        Returns
+        -------
+        NotFound
+            As `load_state_dict`.
 
         Raises
         ------

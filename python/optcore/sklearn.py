@@ -59,7 +59,7 @@ class SGDOptimizer(_stochastic_optimizers.SGDOptimizer):  # type: ignore[misc]
     Parameters
     ----------
     params : list of numpy.ndarray
-        coefs_ and intercepts_; only their shapes and dtypes are taken here.
+        ``coefs_`` and ``intercepts_``; only their shapes and dtypes are taken here.
     learning_rate_init : float > 0, default 0.1
         The first learning rate.
     lr_schedule : {'constant', 'adaptive', 'invscaling'}, default 'constant'

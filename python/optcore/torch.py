@@ -157,7 +157,10 @@ def _owned(param: Any, group: dict[str, Any], label: str) -> tuple[_Owner, torch
 
 def _own_option(name: str) -> Any:
     """Return an option of the whole optimizer as an attribute, checked when it is set."""
-    return property(lambda opt: opt._own[name], lambda opt, value: opt._set_own(name, value))
+    return property(
+        lambda opt: opt._own[name], lambda opt, value: opt._set_own(name, value),
+        doc=f"The option ``{name}``, to be read and set.",
+    )
 
 
 class SGD(torch.optim.Optimizer, GroupOptions):
@@ -180,12 +183,11 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         Nesterov momentum*; needs momentum and no dampening.
     maximize : bool, default False
         Follow the gradient upwards*.
-    foreach, fused : None or False
-        Taken for compatibility; True is refused, for there is one way to run.
-    differentiable : False
-        True is refused: a step cannot be differentiated.
+    foreach, differentiable, fused : None or False
+        Taken for compatibility; True is refused, for there is one way to run, and a step cannot
+        be differentiated.
     decoupled_weight_decay, lr_in_velocity, clip_value, dampen_first, flush_subnormals
-        As in `optcore.SGD`*.
+        As in `optcore.SGD`, each with a star.
     max_norm, skip_nonfinite
         As in `optcore.SGD`, over the parameters of all groups; refused with DTensors.
     ema_decay : float in [0, 1), optional
@@ -323,7 +325,18 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                 setattr(plan, name, _number(name, value))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as ``torch.optim.Optimizer.add_param_group``; refused whole, if at all."""
+        """Add a group, as ``torch.optim.Optimizer.add_param_group``.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``"params"``, and options where they differ from those given to the constructor.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            As the constructor, and as PyTorch. Nothing has changed then.
+        """
         if not self._complete:
             super().add_param_group(param_group)
             return
@@ -342,6 +355,11 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         Options that it does not have (``clip_value``, say, in PyTorch's) stay, averages that it
         does not have begin anew, and how the other one ran (``foreach``, ``fused``) is not taken
         over; all else is as ``torch.optim.Optimizer.load_state_dict`` has it.
+
+        Parameters
+        ----------
+        state_dict : dict
+            What ``state_dict()`` of either returned.
 
         Raises
         ------
