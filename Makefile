@@ -4,6 +4,8 @@
 #   make test        run the tests against the installed wheel
 #   make lint        ruff and cython-lint
 #   make gallery     the lecture's figures and numbers: build/gallery/index.html
+#   make docs        the documentation, with the gallery where that is built: build/docs/index.html
+#   make docs-links  ask the network whether the documentation's links to elsewhere are alive
 #   make bench       the engine's benchmarks and their report: bench/results/
 #   make bench-peers whole models and single vectors against PyTorch, JAX, Numba and BLAS
 #   make wheel       build/dist/*.whl
@@ -18,7 +20,7 @@ SOURCES := pyproject.toml setup.py \
     $(wildcard optcore/*.p* python/optcore/*.p* python/optcore/include/*.h)
 VENVS := build/venv
 
-.PHONY: help demo test lint gallery bench bench-peers wheel clean
+.PHONY: help demo test lint gallery docs docs-links bench bench-peers wheel clean
 .SECONDARY:
 
 help:
@@ -36,6 +38,14 @@ lint: $(VENVS)/lint/.installed
 
 gallery: $(VENVS)/gallery/.installed
 	$(VENVS)/gallery/bin/python examples/lecture/build.py --out build/gallery
+
+# Every warning is an error, also that of a page which was built before (-E).
+docs: $(VENVS)/docs/.installed
+	rm -rf build/docs
+	$(VENVS)/docs/bin/python -m sphinx -q -E -W --keep-going -d build/doctrees docs build/docs
+
+docs-links: $(VENVS)/docs/.installed
+	$(VENVS)/docs/bin/python -m sphinx -q -b linkcheck -d build/doctrees docs build/docs-links
 
 bench: $(VENVS)/bench/.installed
 	$(VENVS)/bench/bin/python bench/run.py engine --out bench/results $(BENCH_ARGS)

@@ -149,7 +149,31 @@ def build(request):
     return built
 
 
-BEGINNINGS = {"gallery": begin_gallery, "build": begin_builds}
+def begin_site(factory):
+    """The documentation as readers have it, every warning being an error."""
+    if any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo")):
+        return None
+    out = factory.mktemp("site")
+    return out, subprocess.Popen(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", f"{out}/.doctrees",
+         TESTS.parent / "docs", out],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.fixture(scope="session")
+def site(request):
+    """The folder of the documentation's pages."""
+    begun = request.config.stash[_begun]["site"]
+    if begun is None:
+        pytest.skip("needs the extra 'docs'")
+    out, process = begun
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return out
+
+
+BEGINNINGS = {"gallery": begin_gallery, "build": begin_builds, "site": begin_site}
 
 
 @pytest.fixture(scope="session")
