@@ -91,8 +91,10 @@ def led(link, folder):
 def signature(app, what, name, thing, options, args, returns):
     """Write what a caller may write: neither `self`, which compiled methods name, nor types."""
     function = thing.__init__ if what == "class" else thing
-    if not inspect.isroutine(function) or not function.__module__.startswith("optcore."):
+    if not inspect.isroutine(function):
         return None
+    if not function.__module__.startswith("optcore."):      # what is adapted, or a built-in
+        return ("(**params)", "") if what == "class" else None
     written = inspect.signature(function)
     parameters = [p.replace(annotation=p.empty) for p in written.parameters.values()
                   if p.name != "self" and not p.name.startswith("_")]

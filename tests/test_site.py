@@ -1,7 +1,7 @@
 """The documentation: a page for every public name, docstrings as the signatures, no dead links."""
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -13,6 +13,9 @@ import pytest
 from pages import Page, broken_links, in_chromium, needs_chromium, read
 
 import optcore
+from optcore._state import STATE_VERSION
+from optcore.checkpoint import FORMAT_VERSION
+from optcore.kernels import ABI_VERSION
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,13 +150,35 @@ def test_a_dead_link_is_found(tmp_path):
     assert broken_links(page) == ["#there", "none.png", "page.html#there"]
 
 
+def test_links_to_the_repository_lead_to_pages(tmp_path, monkeypatch):
+    pytest.importorskip("sphinx", reason="needs the extra 'docs'")
+    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    monkeypatch.setattr(conf, "ROOT", tmp_path)
+    monkeypatch.setattr(conf, "DOCS", tmp_path / "docs")
+
+    def led(text, folder):
+        return conf.LINK.sub(lambda link: conf.led(link, folder), text)
+
+    assert led("[log](../CHANGELOG.md)", tmp_path / "docs") == "[log](changelog.md)"
+    assert led("[all](bench/results#x)", tmp_path) == "[all](results-engine.md#x)"
+    assert led("[one](../examples/digits.py)", tmp_path / "docs") == "[one](examples.md#digitspy)"
+    row = "a [row](../build/gallery/index.html#row-1)"
+    assert led(row, tmp_path / "docs") == "a row"
+    gallery = tmp_path / "build" / "gallery"
+    gallery.mkdir(parents=True)
+    (gallery / "index.html").write_text("a page")
+    assert led(row, tmp_path / "docs") == 'a <a href="gallery/index.html#row-1">row</a>'
+    for left in ("[no](../page.md)", "[far](https://a.b/c)", "[here](#there)", "`x[0](1)`"):
+        assert led(left, tmp_path / "docs") == left
+
+
 def test_pages_are_whole(site):
     for page in pages(site):
         found = read(page.resolve())
         assert len(found.ids) == len(set(found.ids)), page
         assert all(image.get("alt") for image in found.images), page
-        for tag in ("script", "link", "img"):
-            assert tag in found.tags or tag == "img"
         loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(\w+:)?//',
                             page.read_text(encoding="utf-8"))
         assert not loaded, f"{page} is not whole without a network"
@@ -221,3 +246,11 @@ def test_release_documents_have_one_version():
     date.fromisoformat(cited[1])
     released = [heading for heading in headings if heading[1] != "unreleased"]
     assert not released or released[0] == cited
+
+
+def test_the_policy_has_the_numbers_of_the_code():
+    policy = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
+    numbers = {"`OPTCORE_ABI_VERSION`": ABI_VERSION, "`version`": STATE_VERSION,
+               "`format_version`": FORMAT_VERSION}
+    for name, number in numbers.items():
+        assert f"{name} (now {number})" in policy
