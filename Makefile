@@ -2,6 +2,7 @@
 #
 #   make demo        train the digits network with both backends and compare
 #   make test        run the tests against the installed wheel
+#   make arm64       build for 64-bit ARM and test there, emulated (Debian, as root)
 #   make lint        ruff and cython-lint
 #   make gallery     the lecture's figures and numbers: build/gallery/index.html
 #   make docs        the documentation, with the gallery where that is built: build/docs/index.html
@@ -20,7 +21,7 @@ SOURCES := pyproject.toml setup.py \
     $(wildcard optcore/*.p* python/optcore/*.p* python/optcore/include/*.h)
 VENVS := build/venv
 
-.PHONY: help demo test lint gallery docs docs-links bench bench-peers wheel clean
+.PHONY: help demo test arm64 lint gallery docs docs-links bench bench-peers wheel clean
 .SECONDARY:
 
 help:
@@ -31,6 +32,9 @@ demo: $(VENVS)/demo/.installed
 
 test: $(VENVS)/$(TEST_ENV)/.installed
 	$(VENVS)/$(TEST_ENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+arm64:
+	PYTHON=$(PYTHON) sh tests/arm64.sh
 
 lint: $(VENVS)/lint/.installed
 	$(VENVS)/lint/bin/ruff check .
