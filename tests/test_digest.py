@@ -19,9 +19,9 @@ import pytest
 
 import optcore
 from optcore import kernels
-from optcore.runtime import always_threaded, simd_levels_available
+from optcore.runtime import always_threaded
 
-EXPECTED = Path(__file__).with_suffix("").with_name("digest.txt")
+EXPECTED = Path(__file__).with_name("digest.txt")
 
 # Of a dtype: its bits as integers, bits of the mantissa, bias of the exponent, the one NaN
 LAYOUTS = {
