@@ -106,7 +106,7 @@ def test_alone(way, rng):
 
 @by_way
 def test_together(way):
-    """In one copy with what it steps, it looks at the copied containers; see test_life.py, too."""
+    """In one copy with what it steps, it looks at the copied containers; see fuzz.py, too."""
     params, grads = nest(), nest()
     for given in (params, [{"params": params}]):
         copied, p, g = way((optcore.SGD(given, lr=0.5, grads=grads), params, grads))

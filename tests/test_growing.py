@@ -26,7 +26,7 @@ def grads_of(opt, rng):
 def test_structures(rng):
     """From one array to many; gradients are one sequence then, where not all have names.
 
-    What becomes of options, first steps, velocities and averages is in test_life.py.
+    What becomes of options, first steps, velocities and averages is in fuzz.py.
     """
     opt = optcore.SGD(ones(3), lr=0.1, momentum=0.9, ema_decay=0.5)
     twin = Twin(opt)
