@@ -164,6 +164,7 @@ def main():
                 "boundscheck": False,
                 "initializedcheck": False,
                 "embedsignature": True,
+                "freethreading_compatible": True,
             },
         ),
         cmdclass={"build_ext": BuildExt},

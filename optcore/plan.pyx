@@ -5,10 +5,12 @@
 user's comes first, and the one pass over the arrays last), then measured and swept, which
 cannot fail (but for `_join_squares`, before anything is written), and then booked.
 """
+from cython cimport critical_section
 from libc.math cimport INFINITY, isfinite
 from numpy cimport import_array, ndarray
 
 from optcore.arrays cimport lies_at, spell
+from optcore.atomic cimport release, seize
 from optcore.memory cimport Buffer, zeroed
 from optcore.norm cimport Norm, measures
 from optcore.options cimport (
@@ -63,40 +65,41 @@ cdef class Plan(Table):
     cdef Norm _norm
     cdef Options _own           # the options that no group holds
     cdef object _ema_schedule
-    cdef readonly bint _built
-    cdef bint _busy
-    cdef long _forks            # before the call under way
+    cdef bint _is_built
+    cdef long _in_use           # 0: by no call; else 1 + the forks there had been when it began
     cdef Buffer _weights        # of replicas
     cdef object _grad_norm
     cdef list _nonfinite
-    cdef readonly Py_ssize_t step_count
-    cdef readonly Py_ssize_t skipped
-    cdef public object param_groups
+    cdef Py_ssize_t _step_count
+    cdef Py_ssize_t _skipped
+    cdef object _param_groups
     # Where others hold the rest of the gradients: takes this plan's sum of squares and the
     # indices of its parameters that are not finite, returns everyone's.
     cdef public object _join_squares
 
     cdef object _exclusively(self, call_t call, object a=None, object b=None, object c=None):
         """Run the one call at a time that an optimizer serves."""
-        if not self._built:
-            raise RuntimeError("this optimizer was never built")
-        if self._busy and self._forks != forks():
+        self._seize()
+        try:
+            if not self._is_built:
+                raise RuntimeError("this optimizer was never built")
+            return call(self, a, b, c)
+        finally:
+            release(&self._in_use)
+
+    cdef int _seize(self) except -1:
+        """Become the one call that uses this optimizer, in any thread."""
+        cdef long found = seize(&self._in_use, 1 + forks())
+        if found != 0:
             raise RuntimeError(
+                "this optimizer is in use already, by another thread or by the caller of a "
+                "schedule: one step at a time"
+                if found == 1 + forks() else
                 "this process was forked while another thread used this optimizer, which may be "
                 "half-stepped here and stays so: build a new one over the parameters, or fork "
                 "where no step is under way"
             )
-        if self._busy:
-            raise RuntimeError(
-                "this optimizer is in use already, by another thread or by the caller of a "
-                "schedule: one step at a time"
-            )
-        self._busy = True
-        self._forks = forks()
-        try:
-            return call(self, a, b, c)
-        finally:
-            self._busy = False
+        return 0
 
     # Building
 
@@ -110,20 +113,25 @@ cdef class Plan(Table):
         are those that no group holds; `rule` names that of every group, None leaves it to
         `momentum` and `nesterov`. `given` is the user's list of group dictionaries, if any.
         """
-        if self._params is not None:
-            raise RuntimeError("an optimizer is built once")
-        self._own = default_options()
-        self._own.ema_decay = 0
-        self._norm = Norm()
-        self._group_list = given
-        self.param_groups = self._lay(groups, nest, rule_named(rule))
-        self._adopt(self.param_groups, options)
-        if velocities is not None:
-            self._lend(self._velocity_roots.grown(velocities, nest, 0), 0)
-        self._start_states()
-        if grads is not None:
-            self._bind(Roots("grads").grown(grads, nest, 0))
-        self._built = True
+        self._seize()
+        try:
+            if self._params is not None:
+                raise RuntimeError("an optimizer is built once")
+            self._own = default_options()
+            self._own.ema_decay = 0
+            self._norm = Norm()
+            self._group_list = given
+            self._param_groups = self._lay(groups, nest, rule_named(rule))
+            self._adopt(self._param_groups, options)
+            if velocities is not None:
+                self._lend(self._velocity_roots.grown(velocities, nest, 0), 0)
+            self._start_states()
+            if grads is not None:
+                self._bind(Roots("grads").grown(grads, nest, 0))
+            with critical_section(self):
+                self._is_built = True
+        finally:
+            release(&self._in_use)
 
     # Options
 
@@ -147,11 +155,12 @@ cdef class Plan(Table):
         checked = self._groups.check(groups, &own)
         self._check_places()
         # Nothing from here on can fail
-        if groups is not self.param_groups:
+        if groups is not self._param_groups:
             self._replace_groups(groups)
         self._groups.adopt(checked)
-        self._own = own
-        self._ema_schedule = schedule
+        with critical_section(self):
+            self._own = own
+            self._ema_schedule = schedule
         if averages is not self._averages:
             self._install_averages(averages, 0)
         return 0
@@ -179,10 +188,31 @@ cdef class Plan(Table):
             check_rounding(row_named("ema_decay"), decay, name)
         return decay
 
+    # Getters of one thing may be called in the middle of a step, by a schedule or another thread.
+
+    @property
+    def _built(self):
+        with critical_section(self):
+            return self._is_built
+
+    @property
+    def param_groups(self):
+        """One dictionary of options a group."""
+        with critical_section(self):
+            return self._param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        with critical_section(self):
+            self._param_groups = groups
+
     @property
     def max_norm(self):
         """Upper bound on the norm of all gradients together; None: no clipping."""
-        return None if self._own.max_norm == INFINITY else self._own.max_norm
+        cdef double max_norm
+        with critical_section(self):
+            max_norm = self._own.max_norm
+        return None if max_norm == INFINITY else max_norm
 
     @max_norm.setter
     def max_norm(self, value):
@@ -191,7 +221,8 @@ cdef class Plan(Table):
     @property
     def skip_nonfinite(self):
         """Whether a step whose gradients hold a NaN or an infinity is skipped."""
-        return bool(self._own.skip_nonfinite)
+        with critical_section(self):
+            return bool(self._own.skip_nonfinite)
 
     @skip_nonfinite.setter
     def skip_nonfinite(self, value):
@@ -200,7 +231,8 @@ cdef class Plan(Table):
     @property
     def track_grad_norm(self):
         """Whether every step measures `grad_norm`, even without `max_norm`."""
-        return bool(self._own.track_grad_norm)
+        with critical_section(self):
+            return bool(self._own.track_grad_norm)
 
     @track_grad_norm.setter
     def track_grad_norm(self, value):
@@ -209,9 +241,10 @@ cdef class Plan(Table):
     @property
     def ema_decay(self):
         """Decay of the weight average, or its schedule; None: no average is kept."""
-        if self._averages is None:
-            return None
-        return self._own.ema_decay if self._ema_schedule is None else self._ema_schedule
+        with critical_section(self):
+            if self._averages is None:
+                return None
+            return self._own.ema_decay if self._ema_schedule is None else self._ema_schedule
 
     @ema_decay.setter
     def ema_decay(self, value):
@@ -253,7 +286,7 @@ cdef class Plan(Table):
         step.ema_decay = self._own.ema_decay
         if asks:
             self._read_groups()
-            self._groups.follow(self.step_count)
+            self._groups.follow(self._step_count)
             step.ema_decay = self._current_ema_decay()
         return step
 
@@ -305,7 +338,7 @@ cdef class Plan(Table):
         if self._averages is None or self._ema_schedule is None:
             return self._own.ema_decay
         return self._checked_ema_decay(
-            self._ema_schedule(self.step_count), "ema_decay(step_count)"
+            self._ema_schedule(self._step_count), "ema_decay(step_count)"
         )
 
     cdef bint _step(self, Step *step) except -1:
@@ -331,19 +364,21 @@ cdef class Plan(Table):
             self._groups.form_scalars(step.scale, step.ema_decay)
             sweep_all(STEP, self._tensors, self._n, step.n_elements)
             if step.starts:
-                for i in range(self._n):
-                    if self._tensors[i].grads[0].data != NULL and (
-                        RULE_ROWS[self._tensors[i].rule].n_states > 0
-                    ):
-                        self._slots[i].first_step = False
+                with critical_section(self):
+                    for i in range(self._n):
+                        if self._tensors[i].grads[0].data != NULL and (
+                            RULE_ROWS[self._tensors[i].rule].n_states > 0
+                        ):
+                            self._slots[i].first_step = False
         elif step.zeroing:
             sweep_all(ZERO, self._tensors, self._n, step.n_elements)
         if self._to_zero is not None:
             self._zero_scattered()
-        self._grad_norm = grad_norm
-        self._nonfinite = nonfinite
-        self.step_count += not skips
-        self.skipped += skips
+        with critical_section(self):
+            self._grad_norm = grad_norm
+            self._nonfinite = nonfinite
+            self._step_count += not skips
+            self._skipped += skips
         return not skips
 
     def step(self, grads=BOUND, *, grad_scale=1.0, zero_grad=False):
@@ -419,13 +454,26 @@ cdef class Plan(Table):
         return self._exclusively(take_replicas, replica_grads, (weights, grad_scale), zero_grad)
 
     @property
+    def step_count(self):
+        """Steps applied."""
+        with critical_section(self):
+            return self._step_count
+
+    @property
+    def skipped(self):
+        """Steps skipped."""
+        with critical_section(self):
+            return self._skipped
+
+    @property
     def grad_norm(self):
         """Norm of all gradients in the last step, before clipping; None where none was taken.
 
         It is the Euclidean norm of the scaled gradients, summed in float64 in an order that
         depends on nothing but the shapes.
         """
-        return self._grad_norm
+        with critical_section(self):
+            return self._grad_norm
 
     @property
     def nonfinite_params(self):
@@ -434,8 +482,9 @@ cdef class Plan(Table):
         Empty where the step did not look: it looks with `skip_nonfinite`, `max_norm` or
         `track_grad_norm`.
         """
-        return [i if self._keys is None or self._keys[i] is None else self._keys[i]
-                for i in self._nonfinite or ()]
+        with critical_section(self):
+            keys, nonfinite = self._keys, self._nonfinite
+        return [i if keys is None or keys[i] is None else keys[i] for i in nonfinite or ()]
 
     def accumulate(self, grads):
         """Add gradients into the bound ones, in place, with the threads of a step.
@@ -470,11 +519,16 @@ cdef class Plan(Table):
     def _state(self):
         """For each parameter its states by name, "ema" (None where there is none), "first_step"."""
         cdef Py_ssize_t i
-        arrays = dict(zip((*self._state_names, "ema"), (*self._states, self._averages)))
+        cdef list first_steps = []
+        with critical_section(self):
+            states, averages = self._states, self._averages
+            for i in range(self._n):
+                first_steps.append(bool(self._slots[i].first_step))
+        arrays = dict(zip((*self._state_names, "ema"), (*states, averages)))
         return [
             {**{name: of_all and of_all[i] for name, of_all in arrays.items()},
-             "first_step": bool(self._slots[i].first_step)}
-            for i in range(self._n)
+             "first_step": first_step}
+            for i, first_step in enumerate(first_steps)
         ]
 
     def _grow(self, list groups, nests, grads, velocities):
@@ -653,6 +707,8 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     cdef Plan grown
     nest, own = nests
     grads, velocities = rest
+    if len(groups) != self._groups.n + 1:
+        raise RuntimeError("another thread has added a group to this optimizer meanwhile")
     if (grads is None) != (self._bound is None):
         raise ValueError(
             "grads must be given for the new parameters where gradients are bound, got none"
@@ -665,10 +721,10 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     grown._own, grown._ema_schedule = self._own, self._ema_schedule
     grown._norm = Norm()
     grown._group_list = self._group_list
-    grown.param_groups = grown._lay(groups, nest, self._rule_given)
+    grown._param_groups = grown._lay(groups, nest, self._rule_given)
     states = [None if arrays is None else arrays + grown._allocated(n) for arrays in self._states]
     averages = None if self._averages is None else self._averages + grown._allocated(n)
-    grown._lent = None if self._lent is None else self._lent + (None,) * (grown._n - n)
+    grown._on_loan = None if self._on_loan is None else self._on_loan + (None,) * (grown._n - n)
     grown._velocity_roots = self._velocity_roots
     for i in range(n):
         grown._slots[i].first_step = self._slots[i].first_step
@@ -677,7 +733,7 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
             grown._install_state(k, arrays)
     if averages is not None:
         grown._install_averages(averages, n)
-    grown._adopt(grown.param_groups, {})
+    grown._adopt(grown._param_groups, {})
     if velocities is not None:
         grown._lend(self._velocity_roots.grown(velocities, own, n), n)
     grown._start_states()
@@ -690,7 +746,7 @@ cdef object take_grown(Plan self, object grown, object _, object __):
     """Take over what was built, which cannot fail."""
     self._become(grown)
     self._norm = (<Plan>grown)._norm
-    self.param_groups.append((<Plan>grown).param_groups[-1])
+    self.param_groups.append((<Plan>grown)._param_groups[-1])
 
 
 cdef object look_again(Plan self, object _, object __, object ___):
@@ -719,8 +775,8 @@ cdef object copy_state(Plan self, object include_params, object _, object __):
             for entry in entries
         ],
         "param_groups": [dict(group) for group in self.param_groups],
-        "step_count": self.step_count,
-        "skipped": self.skipped,
+        "step_count": self._step_count,
+        "skipped": self._skipped,
         "options": {name: getattr(self, name) for name in OPTIMIZER_OPTIONS},
     }
 
@@ -748,10 +804,14 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
                 arrays[i][...] = 0 if entry[name] is None else entry[name]
         if self._averages is not None and entry.get("ema") is not None:
             self._averages[i][...] = entry["ema"]
-        self._slots[i].first_step = entry.get("first_step", self._slots[i].first_step)
+    first_steps = [entry.get("first_step", bool(self._slots[i].first_step))
+                   for i, entry in enumerate(entries)]
     for array, value in writes:
         array[...] = value
-    self.step_count = step_count
-    self.skipped = skipped
-    self._grad_norm = None
-    self._nonfinite = None
+    with critical_section(self):
+        for i, first_step in enumerate(first_steps):
+            self._slots[i].first_step = first_step
+        self._step_count = step_count
+        self._skipped = skipped
+        self._grad_norm = None
+        self._nonfinite = None

@@ -4,12 +4,17 @@ import sys
 import warnings
 from contextlib import contextmanager
 
+from cython cimport critical_section
 from libc.math cimport INFINITY, ceil
 from libc.stdio cimport FILE, fclose, fopen, fscanf
+from optcore.atomic cimport seize      # and OPTCORE_ATOMIC
 from optcore.simd cimport X86_LEVELS
 
 from optcore._cgroups import cpu_quota_files
 from optcore._version import __version__
+
+cdef enum:
+    MOST_QUOTAS = 32
 
 cdef extern from *:
     """
@@ -63,6 +68,21 @@ cdef extern from *:
     static OPTCORE_THREAD_LOCAL int optcore_refused = 0;
     static OPTCORE_THREAD_LOCAL int optcore_quota = 0;
     static long optcore_forks = 0;
+
+    /* Of the process; set by any thread and read by others in the middle of their steps. */
+    static OPTCORE_ATOMIC(int) optcore_level = 0;
+    static OPTCORE_ATOMIC(int) optcore_threads_set = 0;     /* 0: the default of get_num_threads */
+    /* What OpenMP counted for itself; 0: it was told. Any other number it is found with, it was
+       told. */
+    static OPTCORE_ATOMIC(int) optcore_counted = 0;
+    /* Measured: float32 SGD gains from a second thread above 90,000 elements, momentum above
+       60,000. */
+    static OPTCORE_ATOMIC(Py_ssize_t) optcore_elements_per_thread = 48 * 1024;
+    static OPTCORE_ATOMIC(int) optcore_backs_off = 1;
+    static OPTCORE_ATOMIC(int) optcore_told_of_missing = 0;
+    /* Of each cgroup with a CPU quota: its file, and that of the period where it has one. */
+    static OPTCORE_ATOMIC(int) optcore_n_quotas = 0;
+    static OPTCORE_ATOMIC(const char *) optcore_quotas[32][2];
 
     #if !defined(_WIN32)
       #include <pthread.h>
@@ -201,6 +221,10 @@ cdef extern from *:
     int optcore_pool, optcore_had, optcore_refused, optcore_quota
     double optcore_looked
     long optcore_forks
+    int optcore_level, optcore_threads_set, optcore_counted
+    int optcore_backs_off, optcore_told_of_missing, optcore_n_quotas
+    Py_ssize_t optcore_elements_per_thread
+    const char *optcore_quotas[MOST_QUOTAS][2]
     const long OPTCORE_OPENMP
     const char *OPTCORE_COMPILER
     const char *OPTCORE_BASELINE
@@ -210,26 +234,14 @@ cdef extern from *:
 # In the order of their numbers in the kernel table.
 LEVELS = ("baseline", "avx2", "avx512")
 
-cdef int _simd_level = 0
-cdef int _num_threads = 0  # 0: `default_threads`
-# What OpenMP counted for itself; 0: it was told. Any other number it is found with, it was told.
-cdef int _openmp_counted = 0
-# Measured: float32 SGD gains from a second thread above 90,000 elements, momentum above 60,000.
-cdef Py_ssize_t _elements_per_thread = 48 * 1024
-cdef bint _backs_off = True
-
 cdef enum:
     MOST_ALONE = 256
     MOST_THREADS = 1024
-    MOST_QUOTAS = 32
 
-# Of each cgroup with a CPU quota: its file, and that of the period where it has one.
-cdef int _n_quotas = 0
-cdef const char *_quotas[MOST_QUOTAS][2]
 _quota_paths = []       # every name they ever had: another thread may be reading its file
 
 cdef int simd_level() noexcept nogil:
-    return _simd_level
+    return optcore_level
 
 
 cdef double cpus_of(const char *quota_file, const char *period_file) noexcept nogil:
@@ -261,20 +273,20 @@ cdef void look_again() noexcept nogil:
         return
     optcore_looked = now
     optcore_had = optcore_refused = 0
-    for i in range(_n_quotas):
-        cpus = min(cpus, ceil(cpus_of(_quotas[i][0], _quotas[i][1])))
+    for i in range(optcore_n_quotas):
+        cpus = min(cpus, ceil(cpus_of(optcore_quotas[i][0], optcore_quotas[i][1])))
     optcore_quota = <int>cpus
 
 
 cdef int threads_wanted() noexcept nogil:
-    cdef int told
+    cdef int told = optcore_threads_set
     if not OPTCORE_OPENMP:
         return 1
     look_again()
-    if _num_threads:
-        return _num_threads
+    if told:
+        return told
     told = min(omp_get_max_threads(), MOST_THREADS)
-    if told != _openmp_counted:
+    if told != optcore_counted:
         return told
     return min(told, optcore_cpus(), optcore_quota)
 
@@ -295,13 +307,14 @@ cdef int threads_to_be_had(int most) noexcept nogil:
 cdef int threads_for(Py_ssize_t n_elements) noexcept nogil:
     """Threads worth waking for a sweep over this many elements."""
     global optcore_alone, optcore_pool
+    cdef Py_ssize_t least = optcore_elements_per_thread
     cdef int most
-    if n_elements < 2 * _elements_per_thread:
+    if n_elements < 2 * least:
         return 1
     most = threads_wanted()
-    if most > n_elements // _elements_per_thread:
-        most = <int>(n_elements // _elements_per_thread)
-    if most > 1 and optcore_alone > 0 and _backs_off:
+    if most > n_elements // least:
+        most = <int>(n_elements // least)
+    if most > 1 and optcore_alone > 0 and optcore_backs_off:
         optcore_alone -= 1
         return 1
     if most > 1:
@@ -353,18 +366,18 @@ def simd_levels_available():
 
 def simd_level_used():
     """Name of the SIMD level in use."""
-    return LEVELS[_simd_level]
+    return LEVELS[optcore_level]
 
 
 def _set_simd(level, source="level"):
-    global _simd_level
+    global optcore_level
     available = simd_levels_available()
     if level not in available:
         raise ValueError(
             f"{source} must be one of the SIMD levels this CPU and build have "
             f"({', '.join(available)}), got {level!r}"
         )
-    _simd_level = LEVELS.index(level)
+    optcore_level = LEVELS.index(level)
 
 
 @contextmanager
@@ -442,9 +455,9 @@ def set_num_threads(n, *, _source="n"):
     RuntimeWarning
         If `n` is more than 1 and optcore was built without OpenMP: steps then run on one thread.
     """
-    global _num_threads, optcore_looked
+    global optcore_threads_set, optcore_looked
     if n is None:
-        _num_threads = 0
+        optcore_threads_set = 0
         watch_cpu_quotas(cpu_quota_files())
         return
     if isinstance(n, bool) or not hasattr(type(n), "__index__"):
@@ -464,7 +477,7 @@ def set_num_threads(n, *, _source="n"):
         optcore_looked = -1e9       # a step tries for itself
         if had < n:
             raise RuntimeError(f"{_source} is {n}, but {no_more_threads(had)} or ask for {had}")
-    _num_threads = n
+    optcore_threads_set = n
 
 
 def no_more_threads(had):
@@ -474,14 +487,11 @@ def no_more_threads(had):
     )
 
 
-cdef bint _told_of_missing = False
-
-
 cdef void tell_of_missing_threads() noexcept:
     """Warn, once, if the calling thread's last step had fewer threads than it wanted."""
-    global _told_of_missing
-    if optcore_refused and not _told_of_missing:
-        _told_of_missing = True
+    global optcore_told_of_missing
+    if optcore_refused and not optcore_told_of_missing:
+        optcore_told_of_missing = True
         warnings.warn(
             f"steps use fewer threads than they should: {no_more_threads(optcore_had)} or ask "
             "for fewer with optcore.set_num_threads", RuntimeWarning, stacklevel=1,
@@ -490,7 +500,7 @@ cdef void tell_of_missing_threads() noexcept:
 
 def watch_cpu_quotas(files):
     """Take the quotas in these pairs of files, (quota, period or None), in place of others."""
-    global _n_quotas, optcore_looked
+    global optcore_n_quotas, optcore_looked
     cdef int i
     paths = [
         [None if name is None else os.fsencode(name) for name in pair] for pair in files
@@ -499,25 +509,26 @@ def watch_cpu_quotas(files):
     if _quota_paths and paths == _quota_paths[-1]:
         return
     _quota_paths.append(paths)
-    _n_quotas = 0
-    for i, (quota, period) in enumerate(paths):
-        _quotas[i][0] = <bytes>quota
-        _quotas[i][1] = NULL
-        if period is not None:
-            _quotas[i][1] = <bytes>period
-    _n_quotas = len(paths)
+    with critical_section(set_num_threads):     # one thread at a time
+        optcore_n_quotas = 0
+        for i, (quota, period) in enumerate(paths):
+            optcore_quotas[i][0] = <bytes>quota
+            optcore_quotas[i][1] = NULL
+            if period is not None:
+                optcore_quotas[i][1] = <bytes>period
+        optcore_n_quotas = len(paths)
 
 
 @contextmanager
 def always_threaded(least=1):
     """Run the body with threads for every sweep of two times `least` elements; for tests."""
-    global _elements_per_thread, _backs_off
-    before = _elements_per_thread, _backs_off
-    _elements_per_thread, _backs_off = least, False
+    global optcore_elements_per_thread, optcore_backs_off
+    before = optcore_elements_per_thread, optcore_backs_off
+    optcore_elements_per_thread, optcore_backs_off = least, False
     try:
         yield
     finally:
-        _elements_per_thread, _backs_off = before
+        optcore_elements_per_thread, optcore_backs_off = before
 
 
 def config():
@@ -540,12 +551,12 @@ def config():
 
 
 def _read_environment():
-    global _openmp_counted, _num_threads
+    global optcore_counted, optcore_threads_set
     level = os.environ.get("OPTCORE_SIMD")
     _set_simd(level or simd_levels_available()[-1], "OPTCORE_SIMD")
     watch_cpu_quotas(cpu_quota_files())
     told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    _openmp_counted = 0 if told == str(omp_get_max_threads()) else omp_get_max_threads()
+    optcore_counted = 0 if told == str(omp_get_max_threads()) else omp_get_max_threads()
     threads = os.environ.get("OPTCORE_NUM_THREADS")
     if threads:
         try:
@@ -556,7 +567,7 @@ def _read_environment():
             ) from None
         except RuntimeError as error:       # steps will use what they can have
             warnings.warn(str(error), RuntimeWarning, stacklevel=1)
-            _num_threads = int(threads)
+            optcore_threads_set = int(threads)
 
 
 if optcore_guard_forks():

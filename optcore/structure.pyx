@@ -4,6 +4,7 @@ A `Nest` is made once of the parameters (by `_structure.py`) and takes gradients
 comes in the same structure, apart into their flat order. `Roots` are containers that the user
 keeps and may put other arrays into: they are looked at again by the identity of what they hold.
 """
+from cython cimport critical_section
 from cpython.dict cimport PyDict_CheckExact, PyDict_Next
 from cpython.list cimport PyList_CheckExact, PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
@@ -127,29 +128,33 @@ cdef bint same_items(dict mapping, tuple seen) noexcept:
     cdef PyObject *key
     cdef PyObject *value
     cdef Py_ssize_t position = 0, k = 0, n = PyTuple_GET_SIZE(seen)
-    while PyDict_Next(mapping, &position, &key, &value):
-        if (
-            k >= n
-            or <PyObject *>PyTuple_GET_ITEM(seen, k) != key
-            or <PyObject *>PyTuple_GET_ITEM(seen, k + 1) != value
-        ):
-            return False
-        k += 2
+    with critical_section(mapping):
+        while PyDict_Next(mapping, &position, &key, &value):
+            if (
+                k >= n
+                or <PyObject *>PyTuple_GET_ITEM(seen, k) != key
+                or <PyObject *>PyTuple_GET_ITEM(seen, k + 1) != value
+            ):
+                return False
+            k += 2
     return k == n
 
 
 cdef bint same_entries(list entries, tuple seen) noexcept:
     cdef Py_ssize_t k, n = PyTuple_GET_SIZE(seen)
-    if PyList_GET_SIZE(entries) != n:
-        return False
-    for k in range(n):
-        if <PyObject *>PyList_GET_ITEM(entries, k) != <PyObject *>PyTuple_GET_ITEM(seen, k):
+    with critical_section(entries):
+        if PyList_GET_SIZE(entries) != n:
             return False
+        for k in range(n):
+            if <PyObject *>PyList_GET_ITEM(entries, k) != <PyObject *>PyTuple_GET_ITEM(seen, k):
+                return False
     return True
 
 
 cdef tuple held_by(object container):
     """What a container holds: its entries, or its keys and values in turn."""
+    if PyDict_CheckExact(container):
+        container = container.copy()        # another thread may edit it
     if isinstance(container, Mapping):
         return tuple([part for key in container for part in (key, container[key])])
     return tuple(container)

@@ -46,7 +46,7 @@ cdef class Table:
     cdef object _group_list     # of the dictionaries that the groups were made from, and
     cdef Watch _group_watch     # the watch over it and them
     cdef tuple _params, _keys, _bound
-    cdef readonly tuple _lent   # velocities of the caller's, each an array or None
+    cdef tuple _on_loan         # velocities of the caller's, each an array or None
     cdef Py_ssize_t _velocity   # their place among the states; -1: the rule has none
     cdef bint _bound_scattered
     cdef readonly tuple _state_names

@@ -5,6 +5,7 @@ the list of all memory that a step writes. It looks again at the containers and 
 arrays, which may have changed since, and points every tensor at its gradients. `Plan` alone
 uses it.
 """
+from cython cimport critical_section
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from numpy cimport PyArray_CopyInto, PyArray_DATA, PyArray_SIZE, import_array
@@ -128,9 +129,9 @@ cdef class Table:
             self._slots[i].clear = NULL
         for k, arrays in enumerate((*self._states, self._averages)):
             if arrays is not None:
-                lent = self._lent is not None and k == self._velocity
+                lent = self._on_loan is not None and k == self._velocity
                 for i in range(self._n):
-                    owner = self._n + i if lent and self._lent[i] is not None else -1
+                    owner = self._n + i if lent and self._on_loan[i] is not None else -1
                     self._written.add(span_of(<ndarray>arrays[i], owner))
         if not self._written.sort(&first, &second):
             same = "is the same array as" if second < self._n and (
@@ -145,7 +146,7 @@ cdef class Table:
         cdef ndarray a
         cdef Watch watch = Watch()
         cdef tuple given = roots.read(self._n, watch)
-        lent = list(self._lent or (None,) * self._n)
+        lent = list(self._on_loan or (None,) * self._n)
         for i in range(first, self._n):
             if given[i] is None:
                 continue
@@ -160,7 +161,7 @@ cdef class Table:
             lent[i] = a
         self._velocity_roots = roots
         roots.watch = watch
-        self._lent = tuple(lent)
+        self._on_loan = tuple(lent)
         if self._velocity < 0:
             return 0
         arrays = self._states[self._velocity] or (None,) * self._n
@@ -193,7 +194,10 @@ cdef class Table:
 
     cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1:
         cdef Py_ssize_t i
-        self._states[k] = arrays
+        states = [*self._states]
+        states[k] = arrays
+        with critical_section(self):
+            self._states = states
         for i in range(self._n):
             self._tensors[i].states[k].data = PyArray_DATA(<ndarray>arrays[i])
         return self._list_written()
@@ -201,29 +205,39 @@ cdef class Table:
     cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1:
         """Average into these arrays; those from `first` on start at the parameters."""
         cdef Py_ssize_t i
-        self._averages = averages
+        for i in range(first, self._n):
+            averages[i][...] = self._params[i]
+        with critical_section(self):
+            self._averages = averages
         for i in range(self._n):
-            if i >= first:
-                averages[i][...] = self._params[i]
             self._tensors[i].ema = PyArray_DATA(<ndarray>averages[i])
         return self._list_written()
 
     cdef int _become(self, Table grown) except -1:
         """Take over the tables of a plan with more parameters; all else stays."""
-        self._table, self._slot_memory = grown._table, grown._slot_memory
-        self._tensors, self._slots = grown._tensors, grown._slots
-        self._streams, self._apart = grown._streams, grown._apart
-        self._sums, self._n, self._n_apart = grown._sums, grown._n, 0
-        self._written, self._others = grown._written, grown._others
-        self._groups = grown._groups
-        self._any_float32, self._single, self._nest = grown._any_float32, grown._single, grown._nest
-        self._param_roots, self._bound_roots = grown._param_roots, grown._bound_roots
-        self._velocity_roots, self._group_watch = grown._velocity_roots, grown._group_watch
-        self._params, self._keys = grown._params, grown._keys
-        self._bound, self._bound_scattered = grown._bound, grown._bound_scattered
-        self._lent, self._states, self._averages = grown._lent, grown._states, grown._averages
-        self._buffers = grown._buffers
+        with critical_section(self):
+            self._table, self._slot_memory = grown._table, grown._slot_memory
+            self._tensors, self._slots = grown._tensors, grown._slots
+            self._streams, self._apart = grown._streams, grown._apart
+            self._sums, self._n, self._n_apart = grown._sums, grown._n, 0
+            self._written, self._others = grown._written, grown._others
+            self._groups = grown._groups
+            self._any_float32, self._single = grown._any_float32, grown._single
+            self._nest = grown._nest
+            self._param_roots, self._bound_roots = grown._param_roots, grown._bound_roots
+            self._velocity_roots, self._group_watch = grown._velocity_roots, grown._group_watch
+            self._params, self._keys = grown._params, grown._keys
+            self._bound, self._bound_scattered = grown._bound, grown._bound_scattered
+            self._on_loan, self._states = grown._on_loan, grown._states
+            self._averages = grown._averages
+            self._buffers = grown._buffers
         return 0
+
+    @property
+    def _lent(self):
+        """Velocities of the caller's, each an array or None; None where none were given."""
+        with critical_section(self):
+            return self._on_loan
 
     # Looking again at what the user keeps
 
@@ -235,7 +249,7 @@ cdef class Table:
 
     cdef int _look_again(self) except -1:
         self._look_at_params()
-        if self._lent is not None:
+        if self._on_loan is not None:
             self._look_at_velocities()
         return 0
 
@@ -272,7 +286,7 @@ cdef class Table:
         watch = Watch()
         now = self._velocity_roots.read(self._n, watch)
         self._refuse_replaced(
-            now, self._lent, b"velocities",
+            now, self._on_loan, b"velocities",
             ": write v[...] = new to give a velocity other values"
         )
         self._velocity_roots.watch = watch
@@ -298,12 +312,12 @@ cdef class Table:
         """Refuse a velocity of the caller's, or an average, that moved or was made read-only."""
         cdef const Tensor *t = &self._tensors[i]
         cdef const void *velocity
-        if self._lent is not None and <object>PyTuple_GET_ITEM(self._lent, i) is not None:
+        if self._on_loan is not None and <object>PyTuple_GET_ITEM(self._on_loan, i) is not None:
             velocity = t.states[self._velocity].data
             if not is_unmoved(
-                <ndarray>PyTuple_GET_ITEM(self._lent, i), velocity, t.size, t.param.storage
+                <ndarray>PyTuple_GET_ITEM(self._on_loan, i), velocity, t.size, t.param.storage
             ):
-                self._refuse_moved(self._lent, i, velocity, b"velocities")
+                self._refuse_moved(self._on_loan, i, velocity, b"velocities")
         if self._averages is not None and not is_unmoved(
             <ndarray>PyTuple_GET_ITEM(self._averages, i), t.ema, t.size, t.param.storage
         ):
@@ -378,7 +392,7 @@ cdef class Table:
         """
         cdef Py_ssize_t i, k, n_sets = PyTuple_GET_SIZE(names)
         cdef bint bound = sets is None
-        cdef bint kept = self._lent is not None or self._averages is not None
+        cdef bint kept = self._on_loan is not None or self._averages is not None
         cdef bint has_gradient = False, starts = False, lacks_states = False
         cdef Py_ssize_t n_elements = 0
         cdef const double *weights = step.weights

@@ -22,6 +22,10 @@ if optcore.__file__ is None:
         "optcore here is the folder of sources, not the package: install it first (make test does)"
     )
 
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+if FREE_THREADED and sys._is_gil_enabled():
+    raise RuntimeError("importing optcore has brought the GIL back")
+
 _cases = pytest.StashKey[dict]()
 
 
@@ -34,6 +38,7 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(
         f"bits: {count['compared']} cases compared with the reference, "
         f"{count['mismatched']} mismatches; SIMD levels {', '.join(simd_levels_available())}"
+        + "; no GIL" * (FREE_THREADED and not sys._is_gil_enabled())
     )
 
 

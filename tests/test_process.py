@@ -596,3 +596,36 @@ def test_show_config(capsys):
     assert done.stdout == printed
     with pytest.raises(ValueError, match="mode must be 'stdout' or 'dicts', got 'json'"):
         optcore.show_config("json")
+
+
+IN_A_SUBINTERPRETER = """
+try:
+    import optcore
+    found = "imported"
+except ImportError as error:
+    found = f"ImportError: {error}"
+with open(PATH, "w") as file:
+    file.write(found)
+"""
+
+
+def test_a_subinterpreter_is_refused(tmp_path):
+    """An ImportError, not half an engine; the first interpreter goes on."""
+    found = tmp_path / "found"
+    code = IN_A_SUBINTERPRETER.replace("PATH", repr(str(found)))
+    succeeds(f"""
+        import importlib
+
+        for name in ("_interpreters", "_xxsubinterpreters"):
+            try:
+                interpreters = importlib.import_module(name)
+                break
+            except ModuleNotFoundError:
+                continue
+        interpreters.run_string(interpreters.create(), {code!r})
+        x = np.ones(3)
+        optcore.sgd_step(x, np.ones(3), lr=1.0)
+        assert not x.any()
+    """)
+    assert "ImportError" in found.read_text()
+    assert "interpreter" in found.read_text()

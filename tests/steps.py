@@ -1,4 +1,4 @@
-"""Threaded steps of every kind, for tsan.sh to watch. A race makes it exit with status 66."""
+"""Threaded steps of every kind, for sanitize.sh to watch."""
 from __future__ import annotations
 
 import threading
@@ -39,4 +39,4 @@ with always_threaded():
         thread.start()
     for thread in threads:
         thread.join()
-print("tsan: all steps done, OpenMP", optcore.show_config("dicts")["openmp"])
+print("all steps done, OpenMP", optcore.show_config("dicts")["openmp"])

@@ -1,0 +1,70 @@
+#!/bin/sh
+# Run the tests without the GIL: sh tests/free_threads.sh [--tsan] [python]
+#
+# `python` is a free-threaded interpreter; without one, CPython 3.13 is built from Debian's source
+# package into build/free-threads (needs Debian's apt-get and root, and takes some minutes). First
+# the whole suite runs in one thread, then the tests of arrays and optimizers in eight at a time.
+# With --tsan interpreter and optcore are built for ThreadSanitizer, which watches storms of calls.
+set -eu
+cd "$(dirname "$0")/.."
+root=$PWD
+tsan=
+[ "${1:-}" = --tsan ] && { tsan=-tsan; shift; }
+folder=$root/build/free-threads$tsan
+python=${1:-$folder/python/bin/python3.13t}
+version=python3.13
+mkdir -p "$folder"
+
+if [ ! -x "$python" ]; then
+    apt-get update -q
+    apt-get install -q -y --no-install-recommends build-essential pkg-config libssl-dev libffi-dev \
+        zlib1g-dev libbz2-dev liblzma-dev libsqlite3-dev
+    # From where this machine has its packages, but of the release whose source we want
+    site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Suite: stable*' \
+        'Origin: Debian' | grep -v security | head -1)
+    [ -n "$site" ] || site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' \
+        'Origin: Debian' | grep -v security | head -1)
+    mkdir -p "$folder/lists/partial" "$folder/source"
+    echo "deb-src $site trixie main" > "$folder/sources.list"
+    apt="apt-get -q -o Dir::Etc::sourcelist=$folder/sources.list -o Dir::Etc::sourceparts=-
+        -o Dir::State::lists=$folder/lists -o APT::Sandbox::User=root"
+    cd "$folder/source"
+    # shellcheck disable=SC2086 # options are words
+    $apt update
+    # shellcheck disable=SC2086
+    $apt source --download-only $version
+    tar --strip-components=1 -xf $version*.orig.tar.xz
+    # shellcheck disable=SC2086
+    ./configure -q --disable-gil --prefix="$folder/python" ${tsan:+--with-thread-sanitizer}
+    make -s -j"$(nproc)" > "$folder/make.log" 2>&1 || { tail -30 "$folder/make.log"; exit 1; }
+    make -s install >> "$folder/make.log" 2>&1
+    cd "$root"
+fi
+
+[ -d "$folder/venv" ] || "$python" -m venv "$folder/venv"
+run=$folder/venv/bin/python
+"$run" -m pip install -q pytest pytest-timeout pytest-run-parallel hypothesis threadpoolctl \
+    'cython>=3.3,<4' 'setuptools>=77' numpy
+if [ -n "$tsan" ]; then
+    CFLAGS="-g -O1 -fsanitize=thread" LDFLAGS="-fsanitize=thread" \
+        "$run" -m pip install -q --no-build-isolation --force-reinstall --no-deps .
+else
+    "$run" -m pip install -q --force-reinstall --no-deps .
+fi
+"$run" -W error -c '
+import sys, optcore
+assert not sys._is_gil_enabled(), "importing optcore has brought the GIL back"
+print("free threads: Python", sys.version.split()[0], "without the GIL, optcore", optcore.__version__)'
+
+if [ -n "$tsan" ]; then
+    # OpenMP's barriers are unknown to the sanitizer: one thread a step, many steps at a time
+    OPTCORE_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+    TSAN_OPTIONS="exitcode=66 history_size=5 suppressions=$root/tests/tsan_suppressions.txt" \
+        setarch -R "$run" tests/storms.py
+    exit
+fi
+"$run" -m pytest -q -p no:cacheprovider --parallel-threads=1
+"$run" -m pytest -q -p no:cacheprovider --parallel-threads=8 \
+    tests/test_bits.py tests/test_identities.py tests/test_sgd.py tests/test_errors.py \
+    tests/test_nests.py tests/test_growing.py tests/test_velocities.py tests/test_scattered.py
+"$run" tests/storms.py
