@@ -95,8 +95,9 @@ class BuildExt(build_ext):
                 " libgomp, clang libomp.\n"
             )
         self.probe(ARITHMETIC_PROBE, flags, link, self.leaves_arithmetic_alone)
+        maps = self.folder_maps()
         for extension in self.extensions:
-            extension.extra_compile_args = flags
+            extension.extra_compile_args = flags + maps
             extension.extra_link_args = link
             if extension.name == "optcore.runtime":     # which show_config asks
                 extension.define_macros += [
@@ -108,6 +109,16 @@ class BuildExt(build_ext):
     def command(self, name):
         """What setuptools puts before our flags; MSVC's has no name that holds in all versions."""
         return list(getattr(self.compiler, name, None) or shlex.split(os.environ.get("CL", "")))
+
+    def folder_maps(self):
+        """Flags that keep the names of temporary folders out of what is built.
+
+        So that two builds are equal byte for byte, wherever pip has put sources and NumPy. They
+        are not recorded as flags, for they would bring the names in again.
+        """
+        folders = {os.getcwd(): ".", str(Path(numpy.__file__).parent): "numpy"}
+        maps = [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+        return maps if self.probe("int optcore_probe;", maps, []) else []
 
     def probe(self, code, flags, link, check=lambda library: None):
         """Whether a library of this code compiles and links with these flags."""

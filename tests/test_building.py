@@ -230,6 +230,38 @@ def test_a_build_without_openmp_says_so(setup_py, built, monkeypatch, caplog):
     assert "-fno-such-thing" not in flags_of(library)
 
 
+PLACED = """
+#include "placed.h"
+const char *file(void) { return __FILE__; }
+"""
+
+
+@pytest.mark.skipif(not GCC, reason="knows GCC's flags")
+def test_a_library_does_not_know_where_it_was_built(setup_py, tmp_path, monkeypatch):
+    """Equal to the last byte from two folders, against two NumPys, debugging information too."""
+    libraries = []
+    for name in ("here", "somewhere/else"):
+        folder, headers = tmp_path / name, tmp_path / name / "env/numpy/include"
+        headers.mkdir(parents=True)
+        (headers / "placed.h").write_text(
+            "static const char *header(void) { return __FILE__; }\n"
+            "const char *placed(void) { return header(); }\n"
+        )
+        (folder / "placed.c").write_text(PLACED)
+        monkeypatch.setattr(setup_py.numpy, "__file__", str(headers.parent / "__init__.py"))
+        monkeypatch.setenv("CFLAGS", "-g")
+        monkeypatch.chdir(folder)
+        command = setup_py.BuildExt(Distribution({"name": "probe", "ext_modules": [
+            Extension("optcore.runtime", ["placed.c"], include_dirs=[str(headers)])
+        ]}))
+        command.get_export_symbols = lambda extension: []       # of no module
+        command.ensure_finalized()
+        command.run()
+        libraries.append(Path(command.get_ext_fullpath("optcore.runtime")).read_bytes())
+    assert b"placed.h" in libraries[0]      # it does say what it was built from
+    assert libraries[0] == libraries[1]
+
+
 def flags_of(library):
     handle = ctypes.CDLL(str(library))
     handle.flags.restype = ctypes.c_char_p
