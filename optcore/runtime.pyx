@@ -96,10 +96,11 @@ cdef extern from *:
       /* The worker threads do not exist in a forked child, but the pool that lists
          them does, and the next parallel region waits for them for ever (libgomp,
          and libomp too). Giving the forking thread's pool up before the fork cures
-         it; the next region builds a new one. */
+         it; the next region builds a new one. Not only a pool of ours: the library may
+         be another's too, which built one (PyTorch lends its own to whoever comes later). */
       static void optcore_before_fork(void) {
         #if defined(_OPENMP) && (_OPENMP >= 201811 || __GNUC__ >= 9)
-          if (optcore_pool > 1) omp_pause_resource_all(omp_pause_soft);
+          omp_pause_resource_all(omp_pause_soft);
         #endif
         optcore_pool = 1;
       }
