@@ -733,6 +733,8 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
             grown._install_state(k, arrays)
     if averages is not None:
         grown._install_averages(averages, n)
+        if self._ema_schedule is None:      # float32 may be new
+            grown._checked_ema_decay(self._own.ema_decay, "ema_decay")
     grown._adopt(grown._param_groups, {})
     if velocities is not None:
         grown._lend(self._velocity_roots.grown(velocities, own, n), n)

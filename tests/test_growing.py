@@ -102,6 +102,18 @@ def test_gradients_where_none_are_bound():
     assert len(opt.param_groups) == 1
 
 
+def test_the_first_float32():
+    """It is asked whether the decay of the averages can be rounded, as at the beginning."""
+    opt = optcore.SGD({"a": np.ones(2)}, lr=0.1, ema_decay=1e-50)
+    before = everything(opt)
+    with pytest.raises(ValueError, match="ema_decay must keep its kind when rounded to float32"):
+        opt.add_param_group({"params": {"b": ones(2)}})
+    assert everything(opt) == before
+    opt.ema_decay = halving     # whose numbers are asked for
+    opt.add_param_group({"params": {"b": ones(2)}})
+    assert opt.step({"a": np.ones(2), "b": ones(2)})
+
+
 # Options as attributes
 
 VALUES = {
