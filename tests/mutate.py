@@ -6,7 +6,7 @@ is compiled once, with little optimization; for each mutant the one module is co
 kept beside the copy, in ``build/mutate``: a second run goes on where the first ended, and does
 again only what was changed.
 
-    python tests/mutate.py [--only WORD] [--jobs 1] [--most N] [--again] [--list]
+    python tests/mutate.py [--only EXPRESSION] [--jobs 1] [--most N] [--again] [--lived] [--list]
 
 It runs in an environment that has what all tests need (``make test TEST_ENV=ci`` makes one) and
 fails where a mutant lives that is not explained, or dies though it is.
@@ -41,7 +41,7 @@ SLOW = [                # and of little use here
     "--deselect=tests/test_mpi.py::test_a_checkpoint_of_four_ranks_goes_on_with_others",
 ]
 NOT_COPIED = [".git", "build", "*.so", "__pycache__", ".*_cache"]
-LONGEST = 600                       # seconds for the tests of one; a mutant may hang
+LONGEST = 300                       # seconds for the tests of one; a mutant may hang
 
 BUILD = """
 import sys
@@ -93,7 +93,7 @@ def all_mutants():
         found[path] = mutants = []
         for row in rows:
             if isinstance(row, Only):
-                (modules,) = row
+                modules = list(row)
                 continue
             old, new, *lives = row
             if text.count(old) != 1 or old == new:
@@ -112,7 +112,8 @@ def in_turn(lists):
 def sources():
     """What the copies are of."""
     return [path for folder in ("optcore", "python", "tests") for path in sorted(
-        (ROOT / folder).rglob("*")) if path.suffix in (".py", ".pyx", ".pxd", ".pyi", ".h")]
+        (ROOT / folder).rglob("*")) if path.suffix in (".py", ".pyx", ".pxd", ".pyi", ".h")
+        and path.stem not in ("mutate", "mutants")]
 
 
 class Copy:
@@ -196,7 +197,7 @@ class Copy:
             said = self.compile(mutant.modules) if mutant.modules else None
             if said is not None:
                 raise SystemExit(f"{mutant} does not compile:\n{said}")
-            by = self.killer(FIRST) or self.killer(TESTS[mutant.path])
+            by = self.killer(f"{FIRST} {TESTS[mutant.path]}")
             return ("killed", by) if by else ("lives", "")
         finally:
             source.write_text(text)
@@ -219,6 +220,9 @@ class Results:
         rows = [json.loads(line) for line in lines]
         self.rows = {row["key"]: row for row in rows if "key" in row}
         self.confirmed = {name for row in rows for name in row.get("confirmed", ())}
+
+    def status(self, mutant):
+        return self.rows.get(mutant.key, {}).get("status")
 
     def confirm(self, killers):
         self.confirmed.update(killers)
@@ -282,15 +286,14 @@ def report(found, results):
     total = collections.Counter()
     print(f"\n{'file':32} {'mutants':>7} {'killed':>7} {'live':>7} {'untried':>7}")
     for path, mutants in found.items():
-        count = collections.Counter(
-            results.rows.get(mutant.key, {"status": "untried"})["status"] for mutant in mutants)
+        count = collections.Counter(results.status(mutant) or "untried" for mutant in mutants)
         total += count
         print(f"{path:32} {len(mutants):7} {count['killed']:7} {count['lives']:7} "
               f"{count['untried']:7}")
     print(f"{'all':32} {sum(total.values()):7} {total['killed']:7} {total['lives']:7} "
           f"{total['untried']:7}\n")
     for mutant in (mutant for mutants in found.values() for mutant in mutants):
-        status = results.rows.get(mutant.key, {}).get("status")
+        status = results.status(mutant)
         if status == "lives":
             n_wrong += mutant.lives is None
             print(f"lives, {mutant.lives or 'UNEXPLAINED'}\n    {mutant}")
@@ -302,18 +305,20 @@ def report(found, results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="mutants whose file or text has this word")
+    parser.add_argument("--only", default="", help="mutants that this expression finds")
     parser.add_argument("--jobs", type=int, default=1, help="copies that are tried at a time")
     parser.add_argument("--most", type=int, help="end after so many")
     parser.add_argument("--again", action="store_true", help="forget what has been found")
+    parser.add_argument("--lived", action="store_true", help="try again what has lived")
     parser.add_argument("--list", action="store_true", help="only print what is known")
     parser.add_argument("--level", default="-O1", help="the compiler's optimization, -O1")
     asked = parser.parse_args()
-    found = {path: [mutant for mutant in mutants if asked.only in f"{mutant} {mutant.old}"]
+    found = {path: [mutant for mutant in mutants if re.search(asked.only, str(mutant))]
              for path, mutants in all_mutants().items()}
     results = Results(asked.again)
     if not asked.list:
-        left = [mutant for mutant in in_turn(found.values()) if mutant.key not in results.rows]
+        left = [mutant for mutant in in_turn(found.values())
+                if results.status(mutant) == ("lives" if asked.lived else None)]
         left = left[: asked.most]
         copies = [Copy(k, asked.level) for k in range(asked.jobs)]
         for copy in copies if left else []:

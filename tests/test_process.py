@@ -418,7 +418,9 @@ V1, V2 = "cpu.cfs_quota_us", "cpu.max"
 @pytest.mark.parametrize(("cgroup", "mount", "files"), [
     pytest.param("0::/a/b", "/ {top} rw - cgroup2 none rw",
                  [f"a/b/{V2}", f"a/{V2}"], id="version 2"),
-    pytest.param("3:memory:/a\n2:cpu,cpuacct:/a/b\n0::/", "/ {top} rw - cgroup none rw,cpu,cpuacct",
+    pytest.param("3:memory:/a\n2:cpu,cpuacct:/a/b\n1:cpuset:/in\n0::/",
+                 "/ {top} rw - cgroup none rw,cpuset\n"
+                 "31 1 0:27 / {top} rw - cgroup none rw,cpu,cpuacct",
                  [f"a/b/{V1}", f"a/{V1}", V1], id="version 1"),
     pytest.param("2:cpu:/docker/1f/in", "/docker/1f {top} rw - cgroup none rw,cpu",
                  [f"in/{V1}", V1], id="the mount is of the container's group"),
