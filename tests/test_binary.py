@@ -13,6 +13,7 @@ import pytest
 
 import optcore
 import optcore.sweep
+from optcore.runtime import simd_levels_built
 
 FUSED = re.compile(r"\b(v?fn?m(add|sub)\w*|fml[as]\w*|vfm[as]\w*)\b")
 
@@ -31,6 +32,12 @@ def test_no_fused_multiply_add_in_the_kernels():
 def test_the_search_would_find_one():
     for name in ("vfmadd231ps", "vfnmadd132sd", "fmadd", "fmla", "vfmsub213pd", "fmls"):
         assert FUSED.search(f"  12: {name} %zmm0,%zmm1")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "x86_64" not in
+                    importlib.machinery.EXTENSION_SUFFIXES[0], reason="knows x86-64 Linux")
+def test_every_level_is_built():
+    assert simd_levels_built() == ("baseline", "avx2", "avx512")
 
 
 CONTROL = """
