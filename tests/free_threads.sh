@@ -43,13 +43,14 @@ fi
 
 [ -d "$folder/venv" ] || "$python" -m venv "$folder/venv"
 run=$folder/venv/bin/python
-"$run" -m pip install -q pytest pytest-timeout pytest-run-parallel hypothesis threadpoolctl \
-    'cython>=3.3,<4' 'setuptools>=77' numpy
+# The newest that have wheels for it: not every package's latest has
+"$run" -m pip install -q --only-binary=:all: pytest pytest-timeout pytest-run-parallel hypothesis \
+    threadpoolctl 'cython>=3.3,<4' 'setuptools>=77' numpy
 if [ -n "$tsan" ]; then
     CFLAGS="-g -O1 -fsanitize=thread" LDFLAGS="-fsanitize=thread" \
         "$run" -m pip install -q --no-build-isolation --force-reinstall --no-deps .
 else
-    "$run" -m pip install -q --force-reinstall --no-deps .
+    "$run" -m pip install -q --no-build-isolation --force-reinstall --no-deps .
 fi
 "$run" -W error -c '
 import sys, optcore
