@@ -210,7 +210,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     attributes that nobody would read are refused.
 
     ``state[param]["momentum_buffer"]`` is the velocity itself, not a copy, and appears with the
-    parameter's first gradient; a tensor put there is stepped itself. Under `lr_in_velocity` it is
+    parameter's first gradient; a tensor put there is stepped itself. Under ``lr_in_velocity`` it is
     called ``"velocity"``, since no other optimizer could go on from it.
 
     Examples
