@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from cython cimport critical_section
 from libc.math cimport INFINITY, ceil
 from libc.stdio cimport FILE, fclose, fopen, fscanf
-from optcore.atomic cimport seize      # and OPTCORE_ATOMIC
+from optcore.atomic cimport seize
 from optcore.simd cimport X86_LEVELS
 
 from optcore._cgroups import cpu_quota_files
@@ -79,7 +79,7 @@ cdef extern from *:
        60,000. */
     static OPTCORE_ATOMIC(Py_ssize_t) optcore_elements_per_thread = 48 * 1024;
     static OPTCORE_ATOMIC(int) optcore_backs_off = 1;
-    static OPTCORE_ATOMIC(int) optcore_told_of_missing = 0;
+    static long optcore_told_of_missing = 0;
     /* Of each cgroup with a CPU quota: its file, and that of the period where it has one. */
     static OPTCORE_ATOMIC(int) optcore_n_quotas = 0;
     static OPTCORE_ATOMIC(const char *) optcore_quotas[32][2];
@@ -223,7 +223,8 @@ cdef extern from *:
     double optcore_looked
     long optcore_forks
     int optcore_level, optcore_threads_set, optcore_counted
-    int optcore_backs_off, optcore_told_of_missing, optcore_n_quotas
+    int optcore_backs_off, optcore_n_quotas
+    long optcore_told_of_missing
     Py_ssize_t optcore_elements_per_thread
     const char *optcore_quotas[MOST_QUOTAS][2]
     const long OPTCORE_OPENMP
@@ -490,9 +491,7 @@ def no_more_threads(had):
 
 cdef void tell_of_missing_threads() noexcept:
     """Warn, once, if the calling thread's last step had fewer threads than it wanted."""
-    global optcore_told_of_missing
-    if optcore_refused and not optcore_told_of_missing:
-        optcore_told_of_missing = True
+    if optcore_refused and seize(&optcore_told_of_missing, 1) == 0:
         warnings.warn(
             f"steps use fewer threads than they should: {no_more_threads(optcore_had)} or ask "
             "for fewer with optcore.set_num_threads", RuntimeWarning, stacklevel=1,
