@@ -1,6 +1,6 @@
 """atheris on the checkpoint reader: whatever a file holds, only the documented errors come.
 
-    python tests/fuzz_checkpoint.py [--seconds 300] [--corpus FOLDER]
+    python tests/fuzz_checkpoint.py [--seconds 300]
 
 An input is a whole file, or the text of one that is signed here: no mutation would come by its
 SHA-256, and what lies behind it would never be tried. It is read, and an optimizer restored from
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -149,10 +148,9 @@ def words():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=int, default=300)
-    parser.add_argument("--corpus", help="a folder to begin with, and to add to")
     asked = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="optcore-fuzz-"))
-    corpus = Path(asked.corpus) if asked.corpus else folder / "corpus"
+    folder = Path(__file__).resolve().parents[1] / "build" / "fuzz_checkpoint"
+    corpus = folder / "corpus"      # which the next run begins with
     corpus.mkdir(parents=True, exist_ok=True)
     for k, seed in enumerate(seeds()):
         (corpus / f"seed{k}").write_bytes(seed)

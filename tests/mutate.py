@@ -41,7 +41,7 @@ SLOW = [                # and of little use here
     "--deselect=tests/test_mpi.py::test_a_checkpoint_of_four_ranks_goes_on_with_others",
 ]
 NOT_COPIED = [".git", "build", "*.so", "__pycache__", ".*_cache"]
-LONGEST = 300                       # seconds for the tests of one; a mutant may hang
+LONGEST = 900                       # seconds for the tests of one; a mutant may hang
 
 BUILD = """
 import sys

@@ -439,6 +439,8 @@ def test_where_the_quotas_are(tmp_path, cgroup, mount, files):
         (top / folder / V1).touch()
         if folder:      # the root has none in version 2
             (top / folder / V2).touch()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / V2).touch()       # of others
     (tmp_path / "cgroup").write_text(cgroup + "\n")
     (tmp_path / "mountinfo").write_text(
         "1 0 8:1 / / rw shared:1 - ext4 /dev/vda rw\n"
