@@ -5,7 +5,7 @@
 # tests from another folder beside the oldest and the newest NumPy there is for it. With the first
 # one: two builds in two folders, compared byte for byte; and the repaired wheel in one process
 # with PyTorch, scikit-learn and Numba, imported in every order, RUNS times each (20).
-# All is done in build/wheels; Linux with GCC is needed, and patience: 20 minutes each on two cores.
+# All is done in build/wheels; Linux with GCC is needed, and patience.
 set -eu
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- python3
