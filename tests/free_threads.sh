@@ -63,7 +63,7 @@ print("free threads: Python", sys.version.split()[0], "without the GIL, optcore"
 if [ -n "$tsan" ]; then
     # OpenMP's barriers are unknown to the sanitizer: one thread a step, many steps at a time
     OPTCORE_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-    TSAN_OPTIONS="exitcode=66 history_size=5 suppressions=$root/tests/tsan_suppressions.txt" \
+    TSAN_OPTIONS="exitcode=66 history_size=5" \
         setarch -R "$run" tests/storms.py
     exit
 fi
