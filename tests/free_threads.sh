@@ -48,7 +48,7 @@ fi
 run=$folder/venv/bin/python
 # The newest that have wheels for it: not every package's latest has
 "$run" -m pip install -q --only-binary=:all: pytest pytest-timeout pytest-run-parallel hypothesis \
-    threadpoolctl 'cython>=3.3,<4' 'setuptools>=77' numpy
+    scikit-learn threadpoolctl 'cython>=3.3,<4' 'setuptools>=77' numpy
 if [ -n "$tsan" ]; then
     CFLAGS="-g -O1 -fsanitize=thread" LDFLAGS="-fsanitize=thread" \
         "$run" -m pip install -q --no-build-isolation --force-reinstall --no-deps .

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import operator
 
 import numpy as np
 from test_plan import CHUNK, squares
@@ -46,7 +48,8 @@ def norm(grads, scale=1.0):
     def total(unit):
         chunks = (unit * g[start : start + CHUNK] for g in grads
                   for start in range(0, g.size, CHUNK))
-        return sum(map(squares, chunks), 0.0)
+        # not sum(), which compensates from Python 3.12 on
+        return functools.reduce(operator.add, map(squares, chunks), 0.0)
 
     unit, squared = 1.0, total(1.0)
     if not 2.0**-900 <= squared < math.inf and all(np.isfinite(g).all() for g in grads):
