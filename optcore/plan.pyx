@@ -170,8 +170,9 @@ cdef class Plan(Table):
         held = self.param_groups
         if type(held) is list and [type(group) for group in held] == [dict] * len(groups):
             for group, other in zip(held, [dict(group) for group in groups], strict=True):
-                group.clear()
-                group.update(other)
+                group.update(other)         # first: another thread may be reading it
+                for key in [key for key in group if key not in other]:
+                    del group[key]
         else:
             self.param_groups = groups
         return 0

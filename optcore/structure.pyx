@@ -80,14 +80,16 @@ cdef class Nest:
                         + [f"unknown {abridged(unknown)}"] * bool(unknown)
                     )
                 )
+            if watch is not None:       # before it is read: what another thread puts in
+                watch.note(given)       # between the two is seen as a change
             found = tuple([given[key] for key in self.keys])
         else:
             if not is_sequence(given):
                 self._refuse_kind(given, what)
+            if watch is not None:
+                watch.note(given)
             found = tuple(given)
             self._check_length(len(found), what)
-        if watch is not None:
-            watch.note(given)
         for k in range(len(found)):
             entry = self.entries[k]
             if isinstance(entry, Nest):
@@ -207,7 +209,8 @@ cdef class Roots:
     cdef tuple read(self, Py_ssize_t n, Watch watch):
         """The n arrays that are in the containers now, which `watch` notes."""
         cdef list into = self._taken(n, watch)
-        if watch.changed():     # since a moment ago
+        # since a moment ago; a dict or a list of Python's was edited by another thread, then
+        if watch.changed() and any([type(c) not in (dict, list) for c in watch._containers]):
             for one, other in zip(into, self._taken(n, Watch()), strict=True):
                 if one is not other and is_array(one) and not in_one_place(one, other):
                     raise ValueError(

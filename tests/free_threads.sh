@@ -3,7 +3,7 @@
 #
 # `python` is a free-threaded interpreter; without one, CPython 3.13 is built from Debian's source
 # package into build/free-threads (needs Debian's apt-get and root, and takes some minutes). First
-# the whole suite runs in one thread, then the tests of arrays and optimizers in eight at a time.
+# the whole suite runs in one thread, then tests whose arrays are their own in eight at a time.
 # With --tsan interpreter and optcore are built for ThreadSanitizer, which watches storms of calls.
 set -eu
 cd "$(dirname "$0")/.."
@@ -69,6 +69,5 @@ if [ -n "$tsan" ]; then
 fi
 "$run" -m pytest -q -p no:cacheprovider --parallel-threads=1
 "$run" -m pytest -q -p no:cacheprovider --parallel-threads=8 \
-    tests/test_bits.py tests/test_identities.py tests/test_sgd.py tests/test_errors.py \
-    tests/test_nests.py tests/test_growing.py tests/test_velocities.py tests/test_scattered.py
+    tests/test_identities.py tests/test_sgd.py tests/test_errors.py tests/test_streams.py
 "$run" tests/storms.py

@@ -60,7 +60,8 @@ def look(opt):
     """Read what may be read in the middle of a step."""
     assert opt.step_count >= 0
     assert opt.skipped == 0
-    assert opt.grad_norm is None or opt.grad_norm >= 0
+    grad_norm = opt.grad_norm       # once: a load may come between two
+    assert grad_norm is None or grad_norm >= 0
     assert opt.nonfinite_params == []
     assert len(opt.ema) == sum(len(group["params"]) for group in opt.param_groups)
     assert repr(opt).count("group ") == len(opt.param_groups)
