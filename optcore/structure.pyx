@@ -80,14 +80,13 @@ cdef class Nest:
                         + [f"unknown {abridged(unknown)}"] * bool(unknown)
                     )
                 )
-            if watch is not None:       # before it is read: what another thread puts in
-                watch.note(given)       # between the two is seen as a change
+        elif not is_sequence(given):
+            self._refuse_kind(given, what)
+        if watch is not None:           # before it is read: what another thread puts in between
+            watch.note(given)           # the two is seen as a change
+        if self.keys is not None:
             found = tuple([given[key] for key in self.keys])
         else:
-            if not is_sequence(given):
-                self._refuse_kind(given, what)
-            if watch is not None:
-                watch.note(given)
             found = tuple(given)
             self._check_length(len(found), what)
         for k in range(len(found)):
