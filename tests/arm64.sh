@@ -153,10 +153,10 @@ if [ "$mode" = --fused ]; then
 fi
 [ "$fused" -eq 0 ] || { echo "arm64: the bits are not those of other CPUs"; exit 1; }
 # Two halves of about the same length, side by side.
-run_tests tests/test_digest.py tests/test_plan.py tests/test_bits.py \
+run_tests tests/test_digest.py tests/test_bits.py \
     --deselect tests/test_bits.py::test_offsets >"$built/tests.log" 2>&1 &
 half=$!
-run_tests tests/test_identities.py tests/test_sgd.py tests/test_errors.py \
+run_tests tests/test_identities.py tests/test_sgd.py tests/test_errors.py tests/test_plan.py \
     tests/test_bits.py::test_offsets || status=$?
 wait "$half" || status=$?
 cat "$built/tests.log"
