@@ -532,16 +532,19 @@ cdef class Plan(Table):
             for i, first_step in enumerate(first_steps)
         ]
 
-    def _grow(self, list groups, nests, grads, velocities):
-        """Take one group more, the last of `groups`; `nests` are of all together and of its own."""
-        self._exclusively(grow, groups, nests, (grads, velocities))
+    def _grow(self, list groups, nests, grads, velocities, note):
+        """Take one group more, the last of `groups`; `nests` are of all together and of its own.
+
+        `note`, which cannot fail, is called before another thread can see the new group.
+        """
+        self._exclusively(grow, groups, nests, (grads, velocities, note))
 
     def _grown(self, list groups, nests, grads, velocities):
         """Check `_grow` and return what `_take_grown` takes over, for those who agree on it."""
         return self._exclusively(grown_by, groups, nests, (grads, velocities))
 
-    def _take_grown(self, Plan grown):
-        self._exclusively(take_grown, grown)
+    def _take_grown(self, Plan grown, note):
+        self._exclusively(take_grown, grown, note)
 
     def _set_in_groups(self, name, value):
         """Set an option in every group, checked as one."""
@@ -552,7 +555,10 @@ cdef class Plan(Table):
         self._exclusively(look_again)
 
     def _snapshot(self, bint include_params=False):
-        """Return copies of all that one moment holds: state, groups, counts and options."""
+        """Return copies of all that one moment holds: state, groups, counts and options.
+
+        And, not copied, what the optimizer was built from.
+        """
         return self._exclusively(copy_state, include_params)
 
     def _restore(self, list groups, list entries, dict options, counts, writes=()):
@@ -698,7 +704,8 @@ cdef object set_in_groups(Plan self, object name, object value, object _):
 
 
 cdef object grow(Plan self, object groups, object nests, object rest):
-    take_grown(self, grown_by(self, groups, nests, rest), None, None)
+    grads, velocities, note = rest
+    take_grown(self, grown_by(self, groups, nests, (grads, velocities)), note, None)
 
 
 cdef object grown_by(Plan self, object groups, object nests, object rest):
@@ -745,11 +752,12 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     return grown
 
 
-cdef object take_grown(Plan self, object grown, object _, object __):
+cdef object take_grown(Plan self, object grown, object note, object _):
     """Take over what was built, which cannot fail."""
     self._become(grown)
     self._norm = (<Plan>grown)._norm
     self.param_groups.append((<Plan>grown)._param_groups[-1])
+    note()
 
 
 cdef object look_again(Plan self, object _, object __, object ___):
@@ -781,6 +789,7 @@ cdef object copy_state(Plan self, object include_params, object _, object __):
         "step_count": self._step_count,
         "skipped": self._skipped,
         "options": {name: getattr(self, name) for name in OPTIMIZER_OPTIONS},
+        "given": getattr(self, "_given", None),
     }
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import sys
 import tempfile
 from pathlib import Path
@@ -131,7 +132,12 @@ def growing(seconds):
             opt.add_param_group({"params": [param]}, grads=[np.ones(100, np.float32)])
             taken.append(param)
 
-    errors = at_once(opt.step, opt.step, opt.step, grow, grow, opt.state_dict,
+    def copy():
+        """A copy has the groups of one moment, whichever."""
+        pickled = pickle.dumps(opt)
+        assert pickle.loads(pickled).param_groups
+
+    errors = at_once(opt.step, opt.step, opt.step, grow, grow, opt.state_dict, copy,
                      lambda: opt.grad_norm, lambda: opt.ema, until=after(seconds))
     counts = [-param[0] for param in (*params, *taken)]
     assert counts[0] == opt.step_count

@@ -196,3 +196,18 @@ def test_an_option_that_was_deleted():
         print(opt.lr)
     opt.lr = 0.5
     assert [group["lr"] for group in opt.param_groups] == [0.5, 0.5]
+
+
+def test_a_copy_between_a_group_and_its_books_is_refused():
+    """It would have the arrays of one moment and the groups of another."""
+    class Copied(optcore.SGD):
+        def _note_group(self, *group):
+            with pytest.raises(RuntimeError, match="in use already"):
+                self.__reduce__()
+            super()._note_group(*group)
+
+    opt = Copied(np.zeros(3), lr=0.5)
+    opt.add_param_group({"params": [np.zeros(2)]})
+    other = optcore.SGD.__new__(optcore.SGD)
+    other.__setstate__(opt.__reduce__()[2])
+    assert len(other.param_groups) == 2

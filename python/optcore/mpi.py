@@ -464,8 +464,8 @@ class DataParallelSGD(_Distributed):
 
         groups, nests, grown, (self._flats, self._packed) = _agree(self._comm, check)
         self._averaged = self._packed
-        self._take_grown(grown)
-        self._note_group(groups, nests, param_group, grads, velocities)
+        self._take_grown(grown, lambda: self._note_group(
+            groups, nests, param_group, grads, velocities))
         self._start_alike(n)
 
     @property

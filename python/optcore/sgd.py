@@ -246,8 +246,8 @@ class SGD(Plan, GroupOptions):
             As the constructor and `step`. Nothing has changed then.
         """
         groups, nests = self._with_group(param_group)
-        self._grow(groups, nests, grads, velocities)
-        self._note_group(groups, nests, param_group, grads, velocities)
+        self._grow(groups, nests, grads, velocities, lambda: self._note_group(
+            groups, nests, param_group, grads, velocities))
 
     def _with_group(
         self, param_group: Mapping[str, Any]
@@ -275,7 +275,7 @@ class SGD(Plan, GroupOptions):
         copied = self._snapshot()
         own = ("params", "param_names")
         state = {
-            "given": self._given,
+            "given": copied["given"],
             "defaults": self._defaults,
             "groups": [{key: value for key, value in group.items() if key not in own}
                        for group in copied["param_groups"]],
@@ -374,6 +374,7 @@ class SGD(Plan, GroupOptions):
     def _contents(self, include_params: bool) -> dict[str, Any]:
         """Return all that a checkpoint holds: the state dictionary, with "options" and "param"."""
         copied = self._snapshot(include_params)
+        del copied["given"]
         groups: list[dict[str, Any]] = []
         first = 0
         for group in copied["param_groups"]:
