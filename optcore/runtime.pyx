@@ -505,11 +505,11 @@ def watch_cpu_quotas(files):
     paths = [
         [None if name is None else os.fsencode(name) for name in pair] for pair in files
     ][:MOST_QUOTAS]
-    optcore_looked = -1e9
-    if _quota_paths and paths == _quota_paths[-1]:
-        return
-    _quota_paths.append(paths)
     with critical_section(set_num_threads):     # one thread at a time
+        optcore_looked = -1e9
+        if _quota_paths and paths == _quota_paths[-1]:
+            return
+        _quota_paths.append(paths)
         optcore_n_quotas = 0
         for i, (quota, period) in enumerate(paths):
             optcore_quotas[i][0] = <bytes>quota

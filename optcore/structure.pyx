@@ -5,7 +5,7 @@ comes in the same structure, apart into their flat order. `Roots` are containers
 keeps and may put other arrays into: they are looked at again by the identity of what they hold.
 """
 from cython cimport critical_section
-from cpython.dict cimport PyDict_CheckExact, PyDict_Next
+from cpython.dict cimport PyDict_CheckExact, PyDict_Copy, PyDict_Next
 from cpython.list cimport PyList_CheckExact, PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
@@ -84,6 +84,8 @@ cdef class Nest:
             self._refuse_kind(given, what)
         if watch is not None:           # before it is read: what another thread puts in between
             watch.note(given)           # the two is seen as a change
+            if PyDict_CheckExact(given):
+                given = PyDict_Copy(given)      # as it is at one moment
         if self.keys is not None:
             found = tuple([given[key] for key in self.keys])
         else:
