@@ -33,6 +33,11 @@ def pytest_configure(config):
     config.stash[_cases] = {"compared": 0, "mismatched": 0}
 
 
+def pytest_sessionfinish(session):
+    if FREE_THREADED and sys._is_gil_enabled():     # by a module that does not declare itself
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter, config):
     count = config.stash[_cases]
     terminalreporter.write_line(
