@@ -78,7 +78,7 @@ for python in "$@"; do
     auditwheel show "$built"
     auditwheel repair --wheel-dir "$root/repaired/$version" "$built"
     wheel=$(ls "$root/repaired/$version"/*.whl)
-    "$root/tools/bin/python" -m zipfile -l "$wheel" | grep libgomp
+    "$root/tools/bin/python" -m zipfile -l "$wheel" | grep -e libgomp -e LICENSES_bundled
     check-wheel-contents --ignore W009,W010 "$wheel"     # of optcore.libs
     twine check --strict "$wheel"
     for numpy in "$(oldest_numpy "$version")" newest; do
