@@ -167,8 +167,13 @@ class Copy:
             return None, process.communicate()[0]
         return process.returncode, output
 
-    def killer(self, selection):
-        """Return what goes wrong first in the tests that the words select; None if nothing does."""
+    def killer(self, selection, before):
+        """Return what goes wrong first in the tests that the words select; None if nothing does.
+
+        The test that killed the same mutant of an earlier text, if any, runs first of all.
+        """
+        if before.startswith("tests/") and self.test(["-x", before])[0] == 1:
+            return before
         status, output = self.test(["-x", *SLOW, *(
             word if word.startswith("-") else f"tests/test_{word}.py"
             for word in selection.split())])
@@ -185,7 +190,7 @@ class Copy:
             return "optcore cannot be imported"
         raise SystemExit(f"pytest ended with {status}:\n{output[-3000:]}")
 
-    def try_one(self, mutant):
+    def try_one(self, mutant, before):
         source = self.folder / mutant.path
         text = source.read_text()
         built = [path for module in mutant.modules
@@ -197,7 +202,7 @@ class Copy:
             said = self.compile(mutant.modules) if mutant.modules else None
             if said is not None:
                 raise SystemExit(f"{mutant} does not compile:\n{said}")
-            by = self.killer(f"{FIRST} {TESTS[mutant.path]}")
+            by = self.killer(f"{FIRST} {TESTS[mutant.path]}", before)
             return ("killed", by) if by else ("lives", "")
         finally:
             source.write_text(text)
@@ -219,6 +224,7 @@ class Results:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         rows = [json.loads(line) for line in lines]
         self.rows = {row["key"]: row for row in rows if "key" in row}
+        self.killers = {row["mutant"]: row["by"] for row in rows if "key" in row}
         self.confirmed = {name for row in rows for name in row.get("confirmed", ())}
 
     def status(self, mutant):
@@ -264,7 +270,7 @@ def run(mutants, copies, results):
             while not failures:
                 mutant = waiting.get_nowait()
                 begin = time.monotonic()
-                status, by = copy.try_one(mutant)
+                status, by = copy.try_one(mutant, results.killers.get(str(mutant), ""))
                 results.add(mutant, status, by, time.monotonic() - begin)
         except queue.Empty:
             pass

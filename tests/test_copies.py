@@ -137,6 +137,20 @@ def test_velocities_that_lie_idle(way):
     assert same_bits(u, 1.5 * v)
 
 
+@by_way
+def test_options_that_took_turns(way):
+    """What it was built with and what it has now exclude each other."""
+    opt = optcore.SGD({"w": ones(3)}, lr=0.5, clip_value=0.5)
+    opt.clip_value = None
+    opt.max_norm = 0.25
+    copied = way(opt)
+    assert (copied.clip_value, copied.max_norm) == (None, 0.25)
+    opt.step({"w": ones(3)})
+    copied.step({"w": ones(3)})
+    assert copied.state_dict()["param_groups"] == opt.state_dict()["param_groups"]
+    assert copied.grad_norm == opt.grad_norm
+
+
 def test_shallow(rng):
     """copy.copy: the same parameters, velocities of its own."""
     opt, twin, params = stepped(rng)

@@ -641,6 +641,9 @@ def broken_states():
         return lambda s: {**s, "param_groups": [{**s["param_groups"][0], **changes}]}
 
     yield "option", group(momentum=2.0), ValueError
+    for key in ("lr", "dampen_first", "flush_subnormals"):     # the last two are new in version 3
+        yield f"no {key}", lambda s, key=key: {**s, "param_groups": [
+            {k: v for k, v in s["param_groups"][0].items() if k != key}]}, KeyError
     yield "unknown option", lambda s: {**s, "options": {"lr": 3.0}}, ValueError
     yield "bool", group(lr=True), TypeError
     yield "too few", group(params=[0]), ValueError
