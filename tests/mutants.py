@@ -418,7 +418,8 @@ MUTANTS = {
     "python/optcore/sklearn.py": [
         ('        if name == "lr_schedule" and value not in', "        if False and value not in"),
         ("velocities=[v.copy() for v in self.velocities]", "velocities=self.velocities"),
-        ("param.dtype == grad.dtype == velocity.dtype", "True"),
+        ("param.dtype == grad.dtype == velocity.dtype", "True",
+         "optcore refuses arrays of several dtypes, and scikit-learn's step takes them then"),
         (" or list(map(id, arrays)) != list(map(id, self._planned))", ""),
         ("            self.velocities = velocities\n            for param",
          "            for param"),

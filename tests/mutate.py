@@ -155,7 +155,8 @@ class Copy:
             shutil.rmtree(folder / "__pycache__", ignore_errors=True)
         process = subprocess.Popen(
             [sys.executable, "-B", "-m", "pytest", "-q", "--no-header", "--tb=line",
-             "-p", "no:cacheprovider", *arguments],
+             "-p", "no:cacheprovider", "--assert=plain",    # rewriting them takes the longest
+             *arguments],
             cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,         # so that whatever the tests started can be ended
             env={**os.environ, "PYTHONPATH": str(self.folder / "python")},

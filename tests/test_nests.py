@@ -228,6 +228,9 @@ def twice():
     ([{"params": file()}], ValueError, r"param_groups\[0\]\['params'\] must give the same array"),
     (Anew({"w": ones(1)}), ValueError, "same array at each access, got Anew"),
     ([Anew({"w": ones(1)})], ValueError, r"params\[0\] must give the same array"),
+    ([{"params": [ones(1), ones(2)], "param_names": ["a"]}], ValueError, "must name 2 .* got 1"),
+    ([{"params": ones(1), "param_names": "ab"}], TypeError, "a sequence of names, got str"),
+    ([{"params": ones(1), "param_names": [None]}], ValueError, "of their own, got None"),
 ])
 def test_params_refused(params, error, words):
     with pytest.raises(error, match=words):
