@@ -138,6 +138,15 @@ def test_velocities_that_lie_idle(way):
 
 
 @by_way
+def test_skipped_steps_are_counted_on(way):
+    opt = optcore.SGD({"w": ones(3)}, lr=0.5, skip_nonfinite=True)
+    assert not opt.step({"w": np.full(3, np.nan, np.float32)})
+    assert opt.step({"w": ones(3)})
+    copied = way(opt)
+    assert (copied.step_count, copied.skipped) == (1, 1)
+
+
+@by_way
 def test_options_that_took_turns(way):
     """What it was built with and what it has now exclude each other."""
     opt = optcore.SGD({"w": ones(3)}, lr=0.5, clip_value=0.5)
