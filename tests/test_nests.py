@@ -464,3 +464,16 @@ def test_a_container_that_runs_code_in_a_step(which, act, error):
         opt.step(grads)
     assert opt.step_count == 0
     assert opt.lr == 0.1
+
+
+@pytest.mark.parametrize("made", [lambda: [[ones(1)], [ones(2)]], lambda: (ones(1), ones(2))],
+                         ids=["nested", "tuple"])
+def test_one_group_is_as_flat_as_several(made):
+    opt = optcore.SGD([{"params": made()}], lr=1.0, ema_decay=0.0)
+    assert opt.step([ones(1), ones(2)])
+    assert type(opt.ema) is list
+    assert all(map(same_bits, opt.ema, [0 * ones(1), 0 * ones(2)]))
+    one = optcore.SGD([{"params": ones(2)}], lr=1.0)
+    assert one.step([ones(2)])
+    with pytest.raises(TypeError, match="sequence of 1 arrays, got ndarray"):
+        one.step(ones(2))
