@@ -1,7 +1,9 @@
 """Threaded steps of every kind, for sanitize.sh to watch."""
 from __future__ import annotations
 
-import threading
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +22,15 @@ def work(seed):
 
     opt = optcore.SGD(draw(), lr=0.1, momentum=0.9, nesterov=True, max_norm=1.0, ema_decay=0.9,
                       skip_nonfinite=True, grads=draw())
+    doubles = optcore.SGD({str(n): rng.standard_normal(n) for n in SIZES}, lr=0.1, momentum=0.9,
+                          dampening=0.5, weight_decay=0.01, clip_value=1.0, flush_subnormals=True)
+    others = optcore.SGD([
+        {"params": draw(), "lr_in_velocity": True, "momentum": 0.5},
+        {"params": draw(), "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
+    ], lr=0.1)
     for _ in range(10):
+        doubles.step({str(n): rng.standard_normal(n) for n in SIZES})
+        others.step(draw() + draw())
         opt.accumulate(draw())
         opt.step(grad_scale=0.5, zero_grad=True)
         opt.step_replicas([draw(), draw(), draw()])
@@ -30,13 +40,15 @@ def work(seed):
         opt.step(bad, zero_grad=True)
         x = rng.standard_normal(100_000).astype(np.float32)
         optcore.momentum_step(x, x.copy(), x.copy(), lr=0.1, momentum=0.9)
+        optcore.nesterov_step(x, x.copy(), x.copy(), lr=0.1, momentum=0.9)
+        optcore.sgd_step(x, x.copy(), lr=0.1, weight_decay=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        for k, saved in enumerate((opt, doubles, others)):
+            saved.save(Path(folder, str(k)), include_params=True)
+            saved.restore(Path(folder, str(k)))
 
 
 optcore.set_num_threads(3)
-with always_threaded():
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+with always_threaded(), ThreadPoolExecutor(2) as pool:
+    list(pool.map(work, range(2)))      # raises what they have raised
 print("all steps done, OpenMP", optcore.show_config("dicts")["openmp"])
