@@ -8,7 +8,8 @@
 #   memory    valgrind's memcheck, over the same steps
 #
 # Debian's packages: build-essential python3-venv python3-dev, for threads also clang
-# libclang-rt-dev libomp-dev, for memory valgrind. PYTHON names another interpreter.
+# libclang-rt-dev libomp-dev, for memory valgrind. PYTHON names another interpreter; with KEEP=1
+# what an earlier run has built and installed is watched once more.
 #
 # A finding in optcore ends it with a status that is not 0, whatever process of a test it was in;
 # so does a fault planted elsewhere, in the same way, that was not found.
@@ -17,6 +18,7 @@ cd "$(dirname "$0")/.."
 mode=${1:?address, thread or memory}
 shift
 python=${PYTHON:-python3}
+keep=${KEEP:-}
 folder=$PWD/build/sanitize-$mode
 run=$folder/bin/python
 [ -x "$run" ] || "$python" -m venv "$folder"
@@ -88,10 +90,12 @@ log_path=$reports/report \
     watched -c "$call_planted" 2>/dev/null || true
     planted_are 2
     # More tests run with Cython and scikit-learn. PyTorch, Numba and MPI bring what is not ours.
-    "$run" -m pip install --quiet pytest pytest-timeout hypothesis threadpoolctl safetensors \
-        'cython>=3.3,<4' 'setuptools>=77' scikit-learn 'numpy>=2'
-    CC=gcc LDSHARED="gcc -shared" LDFLAGS="-fsanitize=address,undefined" CFLAGS="$sanitized" \
-        "$run" -m pip install --quiet --force-reinstall --no-deps .
+    if [ -z "$keep" ]; then
+        "$run" -m pip install --quiet pytest pytest-timeout hypothesis threadpoolctl safetensors \
+            'cython>=3.3,<4' 'setuptools>=77' scikit-learn 'numpy>=2'
+        CC=gcc LDSHARED="gcc -shared" LDFLAGS="-fsanitize=address,undefined" CFLAGS="$sanitized" \
+            "$run" -m pip install --quiet --force-reinstall --no-deps .
+    fi
     # Deselected: without -O3 there is no vector arithmetic to be listed; and the sanitizer's maps
     # of memory are larger than any limit of the address space.
     status=0
@@ -123,7 +127,7 @@ print(sysconfig.get_config_var("BINDIR") + "/python3-config")')
     }
     watched -c "$call_planted" || true
     planted_are 1
-    CC=clang LDSHARED="clang -shared" CFLAGS="-g -O1 -fsanitize=thread" \
+    [ -n "$keep" ] || CC=clang LDSHARED="clang -shared" CFLAGS="-g -O1 -fsanitize=thread" \
         "$run" -m pip install --quiet --force-reinstall .
     status=0
     watched tests/steps.py || status=$?
@@ -159,7 +163,7 @@ END
     watched -c "$call_planted"
     judge
     planted_are 1
-    CC=gcc LDSHARED="gcc -shared" CFLAGS="-g -O1" \
+    [ -n "$keep" ] || CC=gcc LDSHARED="gcc -shared" CFLAGS="-g -O1" \
         "$run" -m pip install --quiet --force-reinstall .
     watched tests/steps.py
     judge
