@@ -45,15 +45,16 @@ fi
 
 [ -d "$folder/venv" ] || $still "$python" -m venv "$folder/venv"
 run="$still $folder/venv/bin/python"
-# The newest that have wheels for it: not every package's latest has
-$run -m pip install -q --only-binary=:all: pytest pytest-timeout pytest-run-parallel hypothesis \
-    scikit-learn threadpoolctl 'cython>=3.3,<4' 'setuptools>=77' numpy
+# The newest that have wheels for it: not every package's latest has. The sanitizer makes compiling
+# them slow, so that only what is imported is.
+packages="cython>=3.3,<4 setuptools>=77 numpy pytest"
+[ -n "$tsan" ] ||
+    packages="$packages pytest-timeout pytest-run-parallel hypothesis scikit-learn threadpoolctl"
+$run -m pip install -q --no-compile --only-binary=:all: $packages
 if [ -n "$tsan" ]; then
-    CFLAGS="-g -O1 -fsanitize=thread" LDFLAGS="-fsanitize=thread" \
-        $run -m pip install -q --no-build-isolation --force-reinstall --no-deps .
-else
-    $run -m pip install -q --no-build-isolation --force-reinstall --no-deps .
+    export CFLAGS="-g -O1 -fsanitize=thread" LDFLAGS="-fsanitize=thread"
 fi
+$run -m pip install -q --no-compile --no-build-isolation --force-reinstall --no-deps .
 $run -W error -c '
 import sys, optcore
 assert not sys._is_gil_enabled(), "importing optcore has brought the GIL back"
