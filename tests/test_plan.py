@@ -42,12 +42,21 @@ def squares(g):
 
 
 def norm(grads, scale=1.0):
-    total = 0.0
-    for g in grads:
-        if g is not None:
+    """The norm of all gradients, taken in a unit that keeps their squares within float64."""
+    grads = [g.ravel("K").astype(np.float64) for g in grads if g is not None]
+
+    def total(unit):
+        added = 0.0             # not by sum(), which compensates from Python 3.12 on
+        for g in grads:
             for start in range(0, g.size, CHUNK):
-                total += squares(g.reshape(-1)[start : start + CHUNK])
-    return scale * math.sqrt(total)
+                added += squares(unit * g[start : start + CHUNK])
+        return added
+
+    unit, squared = 1.0, total(1.0)
+    if not 2.0**-900 <= squared < math.inf and all(np.isfinite(g).all() for g in grads):
+        unit = 2.0 ** (600 if squared < 1 else -600)
+        squared = total(unit)
+    return scale * (math.sqrt(squared) / unit)
 
 
 class Reference:

@@ -2,12 +2,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-import math
-import operator
 
 import numpy as np
-from test_plan import CHUNK, squares
+from test_plan import norm
 
 from reference import RULES_BY_ID, Options, averaged, same_bits, weighted
 
@@ -39,23 +36,6 @@ def alike(a, b):
     """`same_bits`, soon done where no NaN makes it ask twice."""
     return (a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
             ) or same_bits(a, b)
-
-
-def norm(grads, scale=1.0):
-    """The norm of flat gradients, with those of float64 in a unit that keeps their squares."""
-    grads = [g.astype(np.float64) for g in grads if g is not None]
-
-    def total(unit):
-        chunks = (unit * g[start : start + CHUNK] for g in grads
-                  for start in range(0, g.size, CHUNK))
-        # not sum(), which compensates from Python 3.12 on
-        return functools.reduce(operator.add, map(squares, chunks), 0.0)
-
-    unit, squared = 1.0, total(1.0)
-    if not 2.0**-900 <= squared < math.inf and all(np.isfinite(g).all() for g in grads):
-        unit = 2.0 ** (600 if squared < 1 else -600)
-        squared = total(unit)
-    return scale * (math.sqrt(squared) / unit)
 
 
 def number_now(value, count):
@@ -111,8 +91,7 @@ class Twin:
         opt = self.opt
         grads = [None if g is None else np.array(g, order="F" if p.flags.fnc else "C")
                  for g, p in zip(grads, self.live, strict=True)]
-        flat = [None if g is None else g.ravel("K") for g in grads]
-        self.norm = norm(flat, grad_scale) if (
+        self.norm = norm(grads, grad_scale) if (
             opt.track_grad_norm or opt.max_norm is not None) else None
         self.nonfinite = []
         if opt.skip_nonfinite or self.norm is not None:
