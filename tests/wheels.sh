@@ -53,12 +53,11 @@ try() {     # VENV: the tests of the acceptance, from another folder
         cd "$root/elsewhere"
         "$1/bin/python" -c 'import numpy, optcore, sys; print("Python", sys.version.split()[0],
             "NumPy", numpy.__version__, "optcore", optcore.__file__)'
-        set --  "$1"
+        python=$1/bin/python
+        set --
         for name in bits sgd errors process checkpoint embedding; do
             set -- "$@" "$root/tests/tests/test_$name.py"
         done
-        python=$1/bin/python
-        shift
         "$python" -m pytest -q -p no:cacheprovider "$@"
     )
 }
@@ -78,7 +77,9 @@ for python in "$@"; do
     auditwheel show "$built"
     auditwheel repair --wheel-dir "$root/repaired/$version" "$built"
     wheel=$(ls "$root/repaired/$version"/*.whl)
-    "$root/tools/bin/python" -m zipfile -l "$wheel" | grep -e libgomp -e LICENSES_bundled
+    for part in libgomp LICENSES_bundled; do
+        "$root/tools/bin/python" -m zipfile -l "$wheel" | grep "$part"
+    done
     check-wheel-contents --ignore W009,W010 "$wheel"     # of optcore.libs
     twine check --strict "$wheel"
     for numpy in "$(oldest_numpy "$version")" newest; do
