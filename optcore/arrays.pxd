@@ -17,7 +17,7 @@ from numpy cimport (
 
 from cpython.object cimport PyObject
 
-from optcore.storage cimport FLOAT32, Storage
+from optcore.storage cimport FLOAT32, FLOAT64, Storage, Stream, arithmetic_of, plain, stream_at
 
 # Which argument an array is, spelled out only when an error needs it: `what` alone,
 # what[index], or what[index] ('key').
@@ -42,6 +42,26 @@ cdef inline Py_ssize_t size_of(ndarray array) noexcept:
     return size
 
 
+cdef enum:
+    UNSTORED = -1       # no dtype of ours
+
+cdef int storage_of_others(ndarray array) noexcept
+
+
+cdef inline int storage_of(ndarray array) noexcept:
+    """The Storage that an array's dtype names."""
+    if PyArray_TYPE(array) == NPY_FLOAT:
+        return FLOAT32
+    if PyArray_TYPE(array) == NPY_DOUBLE:
+        return FLOAT64
+    return storage_of_others(array)
+
+
+cdef inline Stream stream_of(ndarray array) noexcept:
+    """An array that the border has checked."""
+    return stream_at(PyArray_DATA(array), <Storage>storage_of(array))
+
+
 cdef inline bint lies_at(ndarray array, const void *data, Py_ssize_t size) noexcept:
     return PyArray_DATA(array) == data and size_of(array) == size
 
@@ -52,7 +72,7 @@ cdef inline bint is_unmoved(
     """Whether an array is yet what the border took: so many elements in one piece at `data`."""
     return (
         lies_at(array, data, size)
-        and PyArray_TYPE(array) == (NPY_FLOAT if storage == FLOAT32 else NPY_DOUBLE)
+        and storage_of(array) == plain(storage)
         and PyArray_ISNOTSWAPPED(array)
         and PyArray_FLAGS(array) & NPY_ARRAY_WRITEABLE != 0
         and PyArray_FLAGS(array) & IN_ONE_PIECE != 0
@@ -69,19 +89,31 @@ cdef inline bint same_shape(ndarray a, ndarray b) noexcept:
     return True
 
 
-cdef inline bint fits(ndarray a, ndarray param, bint written) noexcept:
-    """Whether a gradient or a state can be stepped with its parameter.
+cdef inline bint lies_like(ndarray a, ndarray param, bint written) noexcept:
+    """Whether a sweep can go through an array as it goes through its parameter.
 
     One common order is enough: a row or a column is contiguous both ways.
     """
     cdef int needed = NPY_ARRAY_ALIGNED | (NPY_ARRAY_WRITEABLE if written else 0)
     return (
-        PyArray_TYPE(a) == PyArray_TYPE(param)
-        and PyArray_ISNOTSWAPPED(a)
+        PyArray_ISNOTSWAPPED(a)
         and PyArray_FLAGS(a) & needed == needed
         and PyArray_FLAGS(a) & PyArray_FLAGS(param) & IN_ONE_PIECE != 0
         and same_shape(a, param)
     )
+
+
+cdef inline bint may_meet(ndarray a, ndarray param) noexcept:
+    """Whether their types can be stepped together: float64 stays with float64."""
+    cdef int storage = storage_of(a)
+    return storage != UNSTORED and (
+        arithmetic_of(<Storage>storage) == arithmetic_of(<Storage>storage_of(param))
+    )
+
+
+cdef inline bint fits(ndarray a, ndarray param, bint written) noexcept:
+    """Whether a gradient or a state can be stepped with its parameter."""
+    return may_meet(a, param) and lies_like(a, param, written)
 
 
 cdef str spell(Label label)
@@ -91,4 +123,3 @@ cdef int check_but_layout(
     ndarray a, ndarray param, bint written, Label label
 ) except -1
 cdef int refuse_misfit(ndarray a, ndarray param, bint written, Label label) except -1
-cdef Storage storage_of(ndarray array) noexcept

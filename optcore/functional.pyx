@@ -1,5 +1,5 @@
 """The functional API: one step of one rule on arrays that the caller keeps."""
-from numpy cimport PyArray_DATA, import_array, ndarray
+from numpy cimport import_array, ndarray
 
 from optcore cimport rules
 from optcore.arrays cimport (
@@ -10,16 +10,29 @@ from optcore.arrays cimport (
     refuse_misfit,
     size_of,
     spell,
-    storage_of,
+    stream_of,
 )
 from optcore.memory cimport overlap, span_of
-from optcore.options cimport Options, check_options, combine, default_options, take, variant_of
+from optcore.noise cimport key_of
+from optcore.options cimport (
+    STOCHASTIC,
+    Options,
+    check_options,
+    combine,
+    default_options,
+    integer,
+    take,
+    variant_of,
+)
 from optcore.parallel cimport sweep_all
-from optcore.rules cimport RULE_ROWS, Rule, Scalars
-from optcore.storage cimport FLOAT32, Stream, arithmetic_of
-from optcore.sweep cimport STEP, Tensor, one_tensor
+from optcore.rules cimport MOST_STATES, RULE_ROWS, Rule, Scalars
+from optcore.storage cimport FLOAT32, Stream, arithmetic_of, is_rounded
+from optcore.sweep cimport STEP, Tensor, one_tensor, round_streams
 
 import_array()
+
+cdef enum:
+    UNSAID = -1         # of a choice that has no default here
 
 
 cdef int step_arrays(Rule rule, tuple arrays, const Options *o) except -1:
@@ -45,14 +58,24 @@ cdef int step_arrays(Rule rule, tuple arrays, const Options *o) except -1:
                     f"{spell(label_of(rule, i))} must not share memory with "
                     f"{spell(label_of(rule, k))}, got overlapping arrays"
                 )
-    check_options(rule, o, arithmetic_of(storage_of(x)) == FLOAT32)
+    gradient = stream_of(<ndarray>arrays[1])
+    t = one_tensor(stream_of(x), size_of(x), &gradient, &scalars)
+    check_options(rule, o, arithmetic_of(t.param.storage) == FLOAT32)
     scalars = combine(&o.kernel)
-    gradient = Stream(PyArray_DATA(<ndarray>arrays[1]), storage_of(x))
-    t = one_tensor(PyArray_DATA(x), storage_of(x), size_of(x), &gradient, &scalars)
     t.rule = rule
     t.variant = variant_of(rule, &o.kernel, o.kernel.first_step and not o.dampen_first)
     for k in range(2, len(arrays)):
-        t.states[k - 2].data = PyArray_DATA(<ndarray>arrays[k])
+        t.states[k - 2] = stream_of(<ndarray>arrays[k])
+    t.draws = is_rounded(t.param.storage)
+    for k in range(MOST_STATES):
+        t.draws |= is_rounded(t.states[k].storage)
+    if t.draws and o.rounding == UNSAID:
+        raise TypeError(
+            "rounding must be given where a half type is written: 'nearest', which loses updates "
+            "of less than half a unit in the last place, or 'stochastic' with a noise_key"
+        )
+    round_streams(&t, o.rounding == STOCHASTIC)
+    t.key = o.kernel.noise_key
     sweep_all(STEP, &t, 1, t.size)
     return 0
 
@@ -66,10 +89,24 @@ cdef Label label_of(Rule rule, Py_ssize_t i) noexcept:
 
 cdef int take_gradient_options(
     Options *o, object lr, object weight_decay, object decoupled_weight_decay, object maximize,
-    object grad_scale, object clip_value,
+    object grad_scale, object clip_value, object rounding, object noise_key,
 ) except -1:
     """Take the options that every rule has."""
     o[0] = default_options()
+    o.rounding = UNSAID
+    if rounding is not None:
+        take(o, &o.rounding, rounding)
+    if noise_key is not None:
+        take(o, &o.kernel.noise_key, noise_key)
+    elif o.rounding == STOCHASTIC:
+        raise TypeError(
+            "noise_key must be given with rounding='stochastic', another one for each array and "
+            "step: optcore.noise_key(seed, step, index) makes one"
+        )
+    if noise_key is not None and o.rounding != STOCHASTIC:
+        raise TypeError(
+            f"noise_key must be left out without rounding='stochastic', got {noise_key!r}"
+        )
     take(o, &o.kernel.lr, lr)
     take(o, &o.kernel.weight_decay, weight_decay)
     take(o, &o.kernel.decoupled_weight_decay, decoupled_weight_decay)
@@ -89,19 +126,23 @@ def sgd_step(
     maximize=False,
     grad_scale=1.0,
     clip_value=None,
+    rounding=None,
+    noise_key=None,
 ):
     """Take one step of stochastic gradient descent, in place.
 
     ``param = param - lr * d``, where d is the gradient after, in this order, `grad_scale`,
     `maximize`, `clip_value` and coupled `weight_decay`. Each operation is rounded to the
-    arrays' dtype, left to right, so the bits are those of the NumPy expression.
+    arrays' dtype, of half types to float32, left to right, so the bits are those of the NumPy
+    expression.
 
     Parameters
     ----------
-    param : numpy.ndarray of float32 or float64, any shape, contiguous
+    param : numpy.ndarray of float32, float64, bfloat16 or float16, any shape, contiguous
         Updated in place.
-    grad : numpy.ndarray, dtype, shape and order of `param`
-        Read only. For a 0-d `param` a scalar of NumPy's, too.
+    grad : numpy.ndarray, shape and order of `param`
+        Read only. float64 where `param` is, else any of the others. For a 0-d `param` a scalar of
+        NumPy's, too.
     lr : float, >= 0
         Learning rate α.
     weight_decay : float, >= 0, default 0
@@ -114,6 +155,13 @@ def sgd_step(
         Multiplies the gradient first.
     clip_value : float, >= 0, or None, default None
         Clip every element of the scaled gradient to [-clip_value, clip_value]; NaN stays NaN.
+    rounding : {"nearest", "stochastic"}, optional
+        How results in float32 are rounded to the half types; must be given where one is written.
+        Stochastic rounding goes up with the probability of what is cut off, so that it is right
+        on average.
+    noise_key : int in [0, 2**64), optional
+        Chooses the noise of stochastic rounding: another for each array and step, which
+        `optcore.noise_key` makes. Goes with ``rounding="stochastic"`` alone.
 
     Raises
     ------
@@ -139,7 +187,8 @@ def sgd_step(
     """
     cdef Options o
     take_gradient_options(
-        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
+        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding,
+        noise_key,
     )
     step_arrays(rules.SGD, (param, grad), &o)
 
@@ -161,6 +210,8 @@ def momentum_step(
     maximize=False,
     grad_scale=1.0,
     clip_value=None,
+    rounding=None,
+    noise_key=None,
 ):
     """Take one step of SGD with momentum, in place.
 
@@ -171,12 +222,13 @@ def momentum_step(
 
     Parameters
     ----------
-    param : numpy.ndarray of float32 or float64, any shape, contiguous
+    param : numpy.ndarray of float32, float64, bfloat16 or float16, any shape, contiguous
         Updated in place.
-    grad : numpy.ndarray, dtype, shape and order of `param`
-        Read only. For a 0-d `param` a scalar of NumPy's, too.
-    velocity : numpy.ndarray, dtype, shape and order of `param`
-        Updated in place. Zeros before the first step.
+    grad : numpy.ndarray, shape and order of `param`
+        Read only. float64 where `param` is, else any of the others. For a 0-d `param` a scalar of
+        NumPy's, too.
+    velocity : numpy.ndarray, shape and order of `param`
+        Updated in place; dtype as for `grad`. Zeros before the first step.
     lr : float, >= 0
         Learning rate α.
     momentum : float in [0, 1)
@@ -194,7 +246,7 @@ def momentum_step(
         Which of the two conventions.
     flush_subnormals : bool, default False
         After the step, set the velocity to 0 where it is below the smallest normal number.
-    weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
+    weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding, noise_key
         As in `sgd_step`.
 
     Raises
@@ -209,7 +261,8 @@ def momentum_step(
     """
     cdef Options o
     take_gradient_options(
-        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
+        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding,
+        noise_key,
     )
     take(&o, &o.kernel.momentum, momentum)
     take(&o, &o.kernel.dampening, dampening)
@@ -240,6 +293,8 @@ def nesterov_step(
     maximize=False,
     grad_scale=1.0,
     clip_value=None,
+    rounding=None,
+    noise_key=None,
 ):
     """Take one step of SGD with Nesterov momentum, in place.
 
@@ -250,12 +305,13 @@ def nesterov_step(
 
     Parameters
     ----------
-    param : numpy.ndarray of float32 or float64, any shape, contiguous
+    param : numpy.ndarray of float32, float64, bfloat16 or float16, any shape, contiguous
         Updated in place.
-    grad : numpy.ndarray, dtype, shape and order of `param`
-        Read only. For a 0-d `param` a scalar of NumPy's, too.
-    velocity : numpy.ndarray, dtype, shape and order of `param`
-        Updated in place. Zeros before the first step.
+    grad : numpy.ndarray, shape and order of `param`
+        Read only. float64 where `param` is, else any of the others. For a 0-d `param` a scalar of
+        NumPy's, too.
+    velocity : numpy.ndarray, shape and order of `param`
+        Updated in place; dtype as for `grad`. Zeros before the first step.
     lr : float, >= 0
         Learning rate α.
     momentum : float in [0, 1)
@@ -264,7 +320,7 @@ def nesterov_step(
         Which of the two conventions.
     flush_subnormals : bool, default False
         After the step, set the velocity to 0 where it is below the smallest normal number.
-    weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
+    weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding, noise_key
         As in `sgd_step`.
 
     Raises
@@ -279,9 +335,38 @@ def nesterov_step(
     """
     cdef Options o
     take_gradient_options(
-        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value
+        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding,
+        noise_key,
     )
     take(&o, &o.kernel.momentum, momentum)
     take(&o, &o.kernel.lr_in_velocity, lr_in_velocity)
     take(&o, &o.kernel.flush_subnormals, flush_subnormals)
     step_arrays(rules.NESTEROV, (param, grad, velocity), &o)
+
+
+def noise_key(seed, step, index=0):
+    """Return the key of the noise that `optcore.SGD` takes in one step for one parameter.
+
+    Parameters
+    ----------
+    seed : int in [0, 2**64)
+        The optimizer's `seed`.
+    step : int in [0, 2**64)
+        Steps that were applied before.
+    index : int in [0, 2**64), default 0
+        The parameter's place.
+
+    Returns
+    -------
+    int in [0, 2**64)
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no integer in the range.
+
+    Notes
+    -----
+    The generator is SplitMix64 over the three in turn (Steele, Lea and Flood, 2014).
+    """
+    return key_of(integer(seed, "seed"), integer(step, "step"), integer(index, "index"))

@@ -7,8 +7,10 @@ cdef struct Group:
     Options options
     Scalars scalars         # what a sweep is given
     Rule rule
-    bint has_float32
+    bint has_float32        # steps in float32: stored so, or as a half type
     bint has_float64
+    bint has_bfloat16
+    bint has_float16
 
 cdef class Groups:
     cdef Buffer _memory
@@ -25,4 +27,6 @@ cdef class Groups:
     cdef void form_scalars(self, double grad_scale, double ema_decay) noexcept
     cdef str prefix(self, Py_ssize_t g)
     cdef int _read_group(self, Py_ssize_t g, dict given, Group *group, list varying) except -1
+    cdef int _check_lasting(self, Py_ssize_t g, const Options *now) except -1
+    cdef int _check_storage(self, str prefix, const Group *group) except -1
     cdef int _check_group(self, Py_ssize_t g, Group *group) except -1

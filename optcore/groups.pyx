@@ -12,6 +12,9 @@ from optcore.kernels cimport optcore_options
 from optcore.memory cimport zeroed
 from optcore.options cimport (
     FLAG,
+    FLOAT32_MASTER,
+    SPLIT_MASTER,
+    VELOCITY_AS_STEPPED,
     as_schedule,
     check_options,
     combine,
@@ -87,16 +90,27 @@ cdef class Groups:
             group = <Group *>memory.at + g
             group.options = own[0]
             self._read_group(g, copies[g], group, varying)
-            if (
-                self._seen[g] is not None
-                and group.options.kernel.lr_in_velocity != self.at[g].options.kernel.lr_in_velocity
-            ):
-                raise ValueError(
-                    f"{self.prefix(g)}lr_in_velocity must stay as the optimizer was built: "
-                    "load_state_dict() converts between the conventions"
-                )
+            if self._seen[g] is not None:
+                self._check_lasting(g, &group.options)
             seen.append(tuple([part for item in copies[g].items() for part in item]))
         return memory, seen, varying
+
+    cdef int _check_lasting(self, Py_ssize_t g, const Options *now) except -1:
+        """Refuse to change what the states were laid out for."""
+        cdef const Options *built = &self.at[g].options
+        if now.kernel.lr_in_velocity != built.kernel.lr_in_velocity:
+            raise ValueError(
+                f"{self.prefix(g)}lr_in_velocity must stay as the optimizer was built: "
+                "load_state_dict() converts between the conventions"
+            )
+        for name in ("master", "velocity_dtype"):
+            was, is_now = value_of(built, row_named(name)), value_of(now, row_named(name))
+            if was != is_now:
+                raise ValueError(
+                    f"{self.prefix(g)}{name} must stay as the optimizer was built, {was!r}, got "
+                    f"{is_now!r}: state_dict() and load_state_dict() bring its state to another"
+                )
+        return 0
 
     cdef void adopt(self, tuple checked) noexcept:
         memcpy(self.at, (<Buffer>checked[0]).at, self.n * sizeof(Group))
@@ -118,7 +132,7 @@ cdef class Groups:
         for name in GROUP_OPTIONS:
             row = row_named(name)
             value = given[name]
-            if row_at(row).range == FLAG or is_fixed(value):
+            if row_at(row).range >= FLAG or is_fixed(value):
                 take_row(&group.options, row, value, prefix + name)
                 continue
             varying.append((g, row, value))
@@ -137,10 +151,32 @@ cdef class Groups:
             group.rule = SGD
         else:
             group.rule = NESTEROV if group.options.nesterov else MOMENTUM
+        self._check_storage(prefix, group)
         if group.has_float32:
             check_options(group.rule, &group.options, True, prefix)
         if group.has_float64:
             check_options(group.rule, &group.options, False, prefix)
+        return 0
+
+    cdef int _check_storage(self, str prefix, const Group *group) except -1:
+        """Refuse a master or a velocity that the group's parameters cannot have."""
+        cdef int master = group.options.master
+        if master == SPLIT_MASTER and (group.has_float16 or not group.has_bfloat16):
+            raise ValueError(
+                f"{prefix}master='split' must have bfloat16 parameters, got "
+                + ("float16: master='float32' is for those" if group.has_float16
+                   else "none: master='auto' suits every type")
+            )
+        if master == FLOAT32_MASTER and not (group.has_float16 or group.has_bfloat16):
+            raise ValueError(
+                f"{prefix}master='float32' must have bfloat16 or float16 parameters, got none: "
+                "master='auto' suits every type"
+            )
+        if group.options.velocity_dtype != VELOCITY_AS_STEPPED and group.has_float64:
+            raise ValueError(
+                f"{prefix}velocity_dtype must be None for float64 parameters, got "
+                f"{value_of(&group.options, row_named('velocity_dtype'))!r}"
+            )
         return 0
 
     cdef int follow(self, Py_ssize_t step_count) except -1:

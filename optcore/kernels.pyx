@@ -8,16 +8,29 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 
-from optcore.options cimport combine, default_options, variant_of
-from optcore.rules cimport N_RULES, RULE_ROWS, Scalars
-from optcore.storage cimport FLOAT32, FLOAT64, Storage, Stream
-from optcore.sweep cimport STEP, Tensor, one_tensor, sweep_in_use
+from optcore.arrays cimport UNSTORED, storage_of
+from optcore.options cimport FLAG, INTEGER, combine, default_options, variant_of
+from optcore.rules cimport MOST_STATES, N_RULES, RULE_ROWS, Scalars
+from optcore.storage cimport (
+    BFLOAT16,
+    COPIED_BFLOAT16,
+    COPIED_FLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    SPLIT_BFLOAT16,
+    Storage,
+    Stream,
+    arithmetic_of,
+)
+from optcore.sweep cimport STEP, Tensor, one_tensor, round_streams, sweep_in_use
 
 import ctypes
 
 import numpy as np
 
 from optcore._version import __version__
+from optcore.arrays import name_of_dtype
 from optcore.options import KERNEL_OPTIONS
 
 cdef extern from *:
@@ -56,9 +69,8 @@ cdef void defaults(optcore_options *options, size_t size) noexcept nogil:
     memcpy(options, &o, o.size)
 
 
-cdef void step_pointers(
-    int rule, Storage storage, void *param, const void *grad, void **states, Py_ssize_t n,
-    const optcore_options *options,
+cdef void step(
+    int rule, const optcore_array *arrays, Py_ssize_t n, const optcore_options *options
 ) noexcept nogil:
     cdef optcore_options o = DEFAULTS
     cdef Scalars scalars
@@ -71,14 +83,32 @@ cdef void step_pointers(
         Py_FatalError("optcore: options must be made by optcore_defaults() or make_options()")
     memcpy(&o, options, options.size)   # a caller compiled with fewer has the defaults of the rest
     scalars = combine(&o)
-    gradient.data = <void *>grad
-    gradient.storage = storage
-    t = one_tensor(param, storage, n, &gradient, &scalars)
+    gradient = stream_in(&arrays[1])
+    t = one_tensor(stream_in(&arrays[0]), n, &gradient, &scalars)
     for k in range(RULE_ROWS[rule].n_states):
-        t.states[k].data = states[k]
+        t.states[k] = stream_in(&arrays[2 + k])
     t.rule = rule
     t.variant = variant_of(rule, &o, o.first_step)
+    t.key, t.first = o.noise_key, <Py_ssize_t>o.first_element
+    round_streams(&t, o.stochastic)
     sweep_in_use()(STEP, &t, 0, n)
+
+
+cdef inline Stream stream_in(const optcore_array *array) noexcept nogil:
+    return Stream(array.data, array.rest, <Storage>array.storage, False)
+
+
+cdef void step_pointers(
+    int rule, Storage storage, void *param, const void *grad, void **states, Py_ssize_t n,
+    const optcore_options *options,
+) noexcept nogil:
+    cdef optcore_array[2 + MOST_STATES] arrays
+    cdef int k
+    arrays[0] = optcore_array(param, NULL, storage)
+    arrays[1] = optcore_array(<void *>grad, NULL, storage)
+    for k in range(RULE_ROWS[rule].n_states if 0 <= rule < N_RULES else 0):
+        arrays[2 + k] = optcore_array(states[k], NULL, storage)
+    step(rule, arrays, n, options)
 
 
 cdef void step_f32(
@@ -105,16 +135,23 @@ table.n_rules = N_RULES
 table.defaults = defaults
 table.step_f32 = step_f32
 table.step_f64 = step_f64
+table.step = step
 
 optcore_table = optcore_abi_2 = &table
 _C_API = PyCapsule_New(&table, "optcore.kernels._C_API", NULL)
 
 ABI_VERSION = OPTCORE_ABI_VERSION
 
+# By the names of the step functions, what `optcore_step` takes for a rule.
+RULES = {RULE_ROWS[rule].name.decode(): rule for rule in range(N_RULES)}
+
+# An optcore_array.
+array_dtype = np.dtype([(name, np.uintp) for name in ("data", "rest", "storage")])
+
 # One element is an optcore_options, laid out as the C compiler did.
 options_dtype = np.dtype({
     "names": ["size", *KERNEL_OPTIONS],
-    "formats": [np.uintp, *[np.intc if row.default is False else np.double
+    "formats": [np.uintp, *[{FLAG: np.intc, INTEGER: np.uint64}.get(row.range, np.double)
                             for row in KERNEL_OPTIONS.values()]],
     "offsets": [0, *[row.offset for row in KERNEL_OPTIONS.values()]],
     "itemsize": sizeof(optcore_options),
@@ -160,18 +197,69 @@ def make_options(**fields):
     return options
 
 
+def make_arrays(param, grad, *states, rest=None):
+    """Return what the generic ``optcore_step`` takes for arrays, each of its own storage.
+
+    Parameters
+    ----------
+    param, grad, *states : numpy.ndarray of float32, float64, bfloat16 or float16
+        float64 where `param` is, else any of the others; states in the order of ``optcore.h``. The
+        result has their addresses and keeps none of them alive. But for the dtypes nothing is
+        checked, as in the step itself.
+    rest : numpy.ndarray, optional
+        The master of a half `param`, zeros at first: of uint16 the low 16 bits (bfloat16 alone), of
+        float32 the copy that is stepped.
+
+    Returns
+    -------
+    numpy.ndarray of `array_dtype`, shape (2 + len(states),)
+
+    Raises
+    ------
+    TypeError
+        For another dtype, or float64 beside one of the others.
+    """
+    cdef int storage
+    cdef dict masters = {(BFLOAT16, np.uint16): SPLIT_BFLOAT16,
+                         (BFLOAT16, np.float32): COPIED_BFLOAT16,
+                         (FLOAT16, np.float32): COPIED_FLOAT16}
+    result = np.zeros(2 + len(states), array_dtype)
+    for row, array in zip(result, (param, grad, *states)):
+        storage = storage_of(array)
+        if storage == UNSTORED:
+            raise TypeError(
+                "arrays must have dtype float32, float64, bfloat16 or float16, got "
+                f"{array.dtype}"
+            )
+        if arithmetic_of(<Storage>storage) != arithmetic_of(<Storage>storage_of(param)):
+            raise TypeError(
+                f"arrays must all be float64 or none, got {name_of_dtype(array)} beside "
+                f"{name_of_dtype(param)}"
+            )
+        row["data"], row["storage"] = array.ctypes.data, storage
+    if rest is not None:
+        kind = result[0]["storage"], rest.dtype.type
+        if kind not in masters:
+            raise TypeError(
+                "rest must be uint16 beside bfloat16, or float32 beside a half type, got "
+                f"{rest.dtype} beside {name_of_dtype(param)}"
+            )
+        result[0]["rest"], result[0]["storage"] = rest.ctypes.data, masters[kind]
+    return result
+
+
 def addresses():
     """Return the addresses of the step functions by name.
 
     Returns
     -------
     dict of str to int
-        ``"optcore_momentum_f32"`` and so on, one for each rule and dtype. They stay valid, and
-        the same, until the process ends. The signatures are those of ``optcore.h``.
+        ``"optcore_momentum_f32"`` and so on, one for each rule and dtype, and ``"optcore_step"``.
+        They stay valid, and the same, until the process ends. The signatures are those of
+        ``optcore.h``.
     """
-    found = {}
-    for rule in range(N_RULES):
-        name = RULE_ROWS[rule].name.decode()
+    found = {"optcore_step": <uintptr_t>table.step}
+    for name, rule in RULES.items():
         found[f"optcore_{name}_f32"] = <uintptr_t>optcore_functions_f32[rule]
         found[f"optcore_{name}_f64"] = <uintptr_t>optcore_functions_f64[rule]
     return found
@@ -188,7 +276,8 @@ def functions():
     dict of str to ctypes function
         ``(param, grad, *states, n, options)``: none for SGD, the velocity for the others. In
         compiled code arrays are passed as ``array.ctypes``, the options too, which are an array
-        that `make_options` returned.
+        that `make_options` returned. ``"optcore_step"`` takes
+        ``(RULES[name], arrays, n, options)`` with arrays that `make_arrays` returned.
 
     Notes
     -----
@@ -196,10 +285,14 @@ def functions():
     overlap.
     """
     arrays = {"32": ctypes.POINTER(ctypes.c_float), "64": ctypes.POINTER(ctypes.c_double)}
-    n_states = {RULE_ROWS[rule].name.decode(): RULE_ROWS[rule].n_states for rule in range(N_RULES)}
     found = {}
     for name, address in addresses().items():
-        n_arrays = 2 + n_states[name[len("optcore_") : -len("_f32")]]
+        if name == "optcore_step":
+            found[name] = ctypes.CFUNCTYPE(
+                None, ctypes.c_int, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_void_p
+            )(address)
+            continue
+        n_arrays = 2 + RULE_ROWS[<int>RULES[name[len("optcore_") : -len("_f32")]]].n_states
         signature = ctypes.CFUNCTYPE(
             None, *n_arrays * [arrays[name[-2:]]], ctypes.c_ssize_t, ctypes.c_void_p
         )

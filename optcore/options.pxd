@@ -1,4 +1,6 @@
 """Hyper-parameters: the one table of options, and the way of their values into the kernels."""
+from libc.stdint cimport uint64_t
+
 from optcore.kernels cimport optcore_options
 from optcore.rules cimport FIRST, LR_IN_VELOCITY, PLAIN, Rule, Scalars, Variant, has_variant
 
@@ -8,6 +10,24 @@ cdef enum Range:
     PORTION         # in [0, 1)
     FRACTION        # in [0, 1), and when rounded to float32 too
     FLAG            # True or False
+    INTEGER         # in [0, 2**64)
+    CHOICE          # one of a few values, by its place among them
+
+# The values of the choices, in the order of CHOICES
+cdef enum Master:
+    MASTER_BY_DTYPE
+    NO_MASTER
+    SPLIT_MASTER
+    FLOAT32_MASTER
+
+cdef enum Rounding:
+    STOCHASTIC
+    NEAREST
+
+cdef enum VelocityType:
+    VELOCITY_AS_STEPPED
+    VELOCITY_FLOAT32
+    VELOCITY_BFLOAT16
 
 # Every option there is, those that a kernel takes first.
 cdef struct Options:
@@ -18,6 +38,10 @@ cdef struct Options:
     int dampen_first
     int skip_nonfinite
     int track_grad_norm
+    int master
+    int rounding
+    int velocity_dtype
+    uint64_t seed
 
 cdef struct Row:            # of the table, as C reads it
     Range range
@@ -32,6 +56,7 @@ cdef int row_named(str name) except -1
 
 cdef double number(object value, str name, Range allowed) except? -1
 cdef bint flag(object value, str name) except -1
+cdef uint64_t integer(object value, str name) except? 1
 cdef object as_schedule(object value)
 cdef bint is_fixed(object value)
 cdef int take_row(Options *o, int i, object value, str name) except -1

@@ -9,6 +9,7 @@ from libc.string cimport memset
 
 from optcore.rules cimport NESTEROV, RULE_ROWS, SGD
 
+import operator
 from collections import namedtuple
 from numbers import Real
 
@@ -20,6 +21,13 @@ RANGES = {
     PORTION: "a number in [0, 1)",
     FRACTION: "a number in [0, 1)",
     FLAG: "True or False",
+    INTEGER: "an integer in [0, 2**64)",
+}
+# The first is the default.
+CHOICES = {
+    "master": ("auto", None, "split", "float32"),
+    "rounding": ("stochastic", "nearest"),
+    "velocity_dtype": (None, "float32", "bfloat16"),
 }
 
 # What an option may be refused with, and how that is said
@@ -63,12 +71,19 @@ OPTIONS = {row.name: row for row in [Option(*row) for row in (
      <char *>&sample.kernel.lr_in_velocity - start),
     ("first_step", FLAG, False, CALL, 0, <char *>&sample.kernel.first_step - start),
     ("flush_subnormals", FLAG, False, GROUP, 0, <char *>&sample.kernel.flush_subnormals - start),
+    ("noise_key", INTEGER, 0, CALL, 0, <char *>&sample.kernel.noise_key - start),
+    ("first_element", INTEGER, 0, CALL, 0, <char *>&sample.kernel.first_element - start),
+    ("stochastic", FLAG, False, CALL, 0, <char *>&sample.kernel.stochastic - start),
     ("max_norm", NONNEGATIVE, None, OPTIMIZER, 0, <char *>&sample.max_norm - start),
     ("ema_decay", FRACTION, None, OPTIMIZER, 0, <char *>&sample.ema_decay - start),
     ("nesterov", FLAG, False, GROUP, NO_MOMENTUM | OTHER_RULE, <char *>&sample.nesterov - start),
     ("dampen_first", FLAG, False, GROUP, 0, <char *>&sample.dampen_first - start),
     ("skip_nonfinite", FLAG, False, OPTIMIZER, 0, <char *>&sample.skip_nonfinite - start),
     ("track_grad_norm", FLAG, False, OPTIMIZER, 0, <char *>&sample.track_grad_norm - start),
+    ("master", CHOICE, "auto", GROUP, 0, <char *>&sample.master - start),
+    ("rounding", CHOICE, "stochastic", GROUP, 0, <char *>&sample.rounding - start),
+    ("velocity_dtype", CHOICE, None, GROUP, 0, <char *>&sample.velocity_dtype - start),
+    ("seed", INTEGER, 0, OPTIMIZER, 0, <char *>&sample.seed - start),
 )]}
 
 
@@ -91,6 +106,10 @@ cdef int n_rounded = 0, n_refusable = 0
 cdef Options defaults
 
 
+cdef inline bint is_number(Range range) noexcept:
+    return range <= FRACTION
+
+
 cdef int lay_rows() except -1:
     """Put the table, and the options it gives, where C reads them."""
     global n_rounded, n_refusable
@@ -102,10 +121,10 @@ cdef int lay_rows() except -1:
     defaults.kernel.size = sizeof(optcore_options)
     for i, (name, range, default, _, refused, offset) in enumerate(OPTIONS.values()):
         rows[i].range = range
-        rows[i].optional = default is None and name != "lr"
+        rows[i].optional = is_number(range) and default is None and name != "lr"
         rows[i].refused = refused
         rows[i].offset = offset
-        if range != FLAG and name in KERNEL_OPTIONS:
+        if is_number(range) and name in KERNEL_OPTIONS:
             rounded[n_rounded] = i
             n_rounded += 1
         if refused:
@@ -113,7 +132,7 @@ cdef int lay_rows() except -1:
             n_refusable += 1
         rows_by_field[rows[i].offset // <Py_ssize_t>sizeof(int)] = i
         field = <char *>&defaults + rows[i].offset
-        if range != FLAG:
+        if is_number(range):
             (<double *>field)[0] = INFINITY if rows[i].optional else default or 0
     return 0
 
@@ -207,8 +226,36 @@ cdef bint flag(object value, str name) except -1:
     raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
+cdef uint64_t integer(object value, str name) except? 1:
+    if not isinstance(value, (bool, np.bool_)) and hasattr(type(value), "__index__"):
+        whole = operator.index(value)
+        if not 0 <= whole < 2**64:
+            raise ValueError(f"{name} must be {RANGES[INTEGER]}, got {value!r}")
+        return whole
+    raise TypeError(
+        f"{name} must be {RANGES[INTEGER]}, got {value!r} of type {type(value).__name__}"
+    )
+
+
+cdef int choice(object value, str name, tuple values) except -1:
+    """The place of a value among those there are; a dtype, of any library, counts by its name."""
+    named = value
+    if isinstance(value, np.dtype) and value.metadata is not None:
+        named = value.metadata.get("optcore")
+    elif value is not None and not isinstance(value, str):
+        named = str(getattr(value, "__name__", value)).rpartition(".")[2]
+    if named in values:
+        return values.index(named)
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(
+        f"{name} must be {', '.join(map(repr, values[:-1]))} or {values[-1]!r}, got {value!r}"
+    )
+
+
 def checked(option, value, name):
-    """Return a number as an option takes it, a float; errors call it by `name`."""
+    """Return a number as an option takes it, a float, or its choice; errors call it by `name`."""
+    if option in CHOICES:
+        return CHOICES[option][choice(value, name, CHOICES[option])]
     return number(value, name, OPTIONS[option].range)
 
 
@@ -224,7 +271,7 @@ def is_schedule(value):
 
 cdef bint is_fixed(object value):
     """Whether a value stays what it is while its object does; an array's element may not."""
-    return value is None or isinstance(value, (Real, np.generic))
+    return value is None or isinstance(value, (Real, np.generic, str))
 
 
 # Into the struct
@@ -233,6 +280,10 @@ cdef int take_row(Options *o, int i, object value, str name) except -1:
     cdef void *field = <char *>o + rows[i].offset
     if rows[i].range == FLAG:
         (<int *>field)[0] = flag(value, name)
+    elif rows[i].range == INTEGER:
+        (<uint64_t *>field)[0] = integer(value, name)
+    elif rows[i].range == CHOICE:
+        (<int *>field)[0] = choice(value, name, CHOICES[names[i]])
     elif value is None and rows[i].optional:
         (<double *>field)[0] = INFINITY
     else:
@@ -244,7 +295,7 @@ cdef int take(Options *o, const void *field, object value) except -1:
     """Set the field, still a default, that is pointed at, under the name its row has."""
     cdef int i = rows_by_field[(<const char *>field - <const char *>o) // sizeof(int)]
     if PyFloat_CheckExact(value):
-        if rows[i].range != FLAG and is_within(PyFloat_AS_DOUBLE(value), rows[i].range):
+        if is_number(rows[i].range) and is_within(PyFloat_AS_DOUBLE(value), rows[i].range):
             (<double *>field)[0] = PyFloat_AS_DOUBLE(value)
             return 0
     elif value is False and rows[i].range == FLAG:
@@ -256,14 +307,18 @@ cdef inline double number_at(const Options *o, int i) noexcept:
     return (<const double *>(<const char *>o + rows[i].offset))[0]
 
 
-cdef inline bint flag_at(const Options *o, int i) noexcept:
+cdef inline int int_at(const Options *o, int i) noexcept:
     return (<const int *>(<const char *>o + rows[i].offset))[0]
 
 
 cdef object value_of(const Options *o, int i):
     """Return an option as a Python object, none where there is none."""
     if rows[i].range == FLAG:
-        return bool(flag_at(o, i))
+        return bool(int_at(o, i))
+    if rows[i].range == INTEGER:
+        return (<const uint64_t *>(<const char *>o + rows[i].offset))[0]
+    if rows[i].range == CHOICE:
+        return CHOICES[names[i]][int_at(o, i)]
     x = number_at(o, i)
     return None if rows[i].optional and x == INFINITY else x
 
@@ -308,7 +363,7 @@ cdef int conditions_of(Rule rule, const Options *o) noexcept:
 
 cdef inline bint is_default(const Options *o, int i) noexcept:
     if rows[i].range == FLAG:
-        return not flag_at(o, i)
+        return not int_at(o, i)
     return number_at(o, i) == number_at(&defaults, i)
 
 

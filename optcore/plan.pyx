@@ -9,9 +9,10 @@ from cython cimport critical_section
 from libc.math cimport INFINITY, isfinite
 from numpy cimport import_array, ndarray
 
-from optcore.arrays cimport lies_at, spell
+from optcore.arrays cimport lies_at, lies_like, spell
 from optcore.atomic cimport release, seize
 from optcore.memory cimport Buffer, zeroed
+from optcore.noise cimport GRID, key_of
 from optcore.norm cimport Norm, measures
 from optcore.options cimport (
     FRACTION,
@@ -30,9 +31,10 @@ from optcore.options cimport (
 from optcore.parallel cimport sweep_all
 from optcore.rules cimport RULE_ROWS, SGD, Scalars
 from optcore.runtime cimport forks
+from optcore.storage cimport Stream
 from optcore.structure cimport Nest, Roots
 from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
-from optcore.table cimport Step, Table, rule_named
+from optcore.table cimport Step, Table, assign, converted, rule_named
 
 from collections.abc import Iterable, Mapping, Set
 
@@ -55,6 +57,8 @@ class _Bound:
 
 
 BOUND = _Bound()
+# Where a parameter may be cut into parts that are stepped apart: each of whole runs of noise
+RUN = GRID
 cdef object bound_grads = BOUND
 cdef tuple GRADS = (b"grads",)
 
@@ -105,14 +109,17 @@ cdef class Plan(Table):
 
     def _build(
         self, list groups, Nest nest, *, options, grads=None, velocities=None, str rule=None,
-        given=None,
+        given=None, firsts=None,
     ):
         """Check everything, lay out the tables, and open the optimizer for use.
 
         `groups` are those of `_structure.read_groups`, and `nest` is how gradients come. `options`
         are those that no group holds; `rule` names that of every group, None leaves it to
-        `momentum` and `nesterov`. `given` is the user's list of group dictionaries, if any.
+        `momentum` and `nesterov`. `given` is the user's list of group dictionaries, if any. Where
+        others step the rest of each parameter, `firsts` are the places of the first elements, which
+        are multiples of `RUN`.
         """
+        cdef Py_ssize_t i
         self._seize()
         try:
             if self._params is not None:
@@ -122,7 +129,10 @@ cdef class Plan(Table):
             self._norm = Norm()
             self._group_list = given
             self._param_groups = self._lay(groups, nest, rule_named(rule))
+            for i, first in enumerate(firsts or ()):
+                self._tensors[i].first = first
             self._adopt(self._param_groups, options)
+            self._start_rests()
             if velocities is not None:
                 self._lend(self._velocity_roots.grown(velocities, nest, 0), 0)
             self._start_states()
@@ -157,7 +167,7 @@ cdef class Plan(Table):
         # Nothing from here on can fail
         if groups is not self._param_groups:
             self._replace_groups(groups)
-        self._groups.adopt(checked)
+        self._adopt_groups(checked)
         with critical_section(self):
             self._own = own
             self._ema_schedule = schedule
@@ -180,7 +190,7 @@ cdef class Plan(Table):
     cdef int _read_groups(self) except -1:
         """Take over what was edited."""
         if self._groups.changed(self.param_groups):
-            self._groups.adopt(self._groups.check(self.param_groups, &self._own))
+            self._adopt_groups(self._groups.check(self.param_groups, &self._own))
         return 0
 
     cdef double _checked_ema_decay(self, object value, str name) except -1:
@@ -206,6 +216,16 @@ cdef class Plan(Table):
     def param_groups(self, groups):
         with critical_section(self):
             self._param_groups = groups
+
+    @property
+    def seed(self):
+        """Seed of the noise that stochastic rounding takes; an integer in [0, 2**64)."""
+        with critical_section(self):
+            return self._own.seed
+
+    @seed.setter
+    def seed(self, value):
+        self._exclusively(set_option, "seed", value)
 
     @property
     def max_norm(self):
@@ -363,6 +383,9 @@ cdef class Plan(Table):
                 step.scale *= 1 if factor > 1 else factor       # a NaN stays
         if not skips:
             self._groups.form_scalars(step.scale, step.ema_decay)
+            if self._any_draws:
+                for i in range(self._n):
+                    self._tensors[i].key = key_of(self._own.seed, self._step_count, i)
             sweep_all(STEP, self._tensors, self._n, step.n_elements)
             if step.starts:
                 with critical_section(self):
@@ -388,6 +411,7 @@ cdef class Plan(Table):
         Parameters
         ----------
         grads : array, sequence, mapping or nest of them, in the structure of `params`, optional
+            Each float64 where its parameter is, else float32, bfloat16 or float16.
             A parameter whose gradient is None is left out entirely, and so are all of a container
             that is None. Gradients may lie otherwise than their parameters (transposed, strided):
             they are copied then, into a buffer that is kept for the next step. Without `grads`,
@@ -490,7 +514,8 @@ cdef class Plan(Table):
     def accumulate(self, grads):
         """Add gradients into the bound ones, in place, with the threads of a step.
 
-        Follow n calls by ``step(grad_scale=1 / n, zero_grad=True)``.
+        Follow n calls by ``step(grad_scale=1 / n, zero_grad=True)``. Sums in half types are rounded
+        to the nearest at each call, which loses what is small beside them: bind float32 arrays.
 
         Parameters
         ----------
@@ -515,6 +540,22 @@ cdef class Plan(Table):
         self._exclusively(zero_bound)
 
     # State
+
+    @property
+    def _has_master(self):
+        """Of each parameter, whether a master is kept of it."""
+        with critical_section(self):
+            return [rest is not None for rest in self._rests]
+
+    @property
+    def _masters(self):
+        """What stands beside each parameter: uint16 low halves, a float32 copy, or None."""
+        with critical_section(self):
+            return self._rests
+
+    def _lend_masters(self, masters):
+        """Keep in these arrays what `_masters` shows, each like the one there; None: as it is."""
+        self._exclusively(lend_masters, masters)
 
     @property
     def _state(self):
@@ -565,7 +606,8 @@ cdef class Plan(Table):
         """Take over a checked state.
 
         `entries` are as `_state` has them; states of None become zero, what is left out stays, and
-        an average of None does. `options` are those of the whole optimizer to change,
+        an average of None does. A "master" is taken where the parameter shows it, or with
+        "writes_master" becomes the parameter. `options` are those of the whole optimizer to change,
         `counts` the steps applied and skipped, `writes` pairs of an array and what it becomes.
         """
         self._exclusively(take_state, groups, entries, (options, counts, writes))
@@ -639,7 +681,7 @@ cdef object add_up(Plan self, object grads, object _, object __):
     self._take(sets, GRADS, &step)
     self._others.clear(self._n)
     for i in range(self._n):
-        self._add_other(self._slots[i].bound, i, i)
+        self._add_other(&self._slots[i].bound, i, i)
     self._others.sort(&i, &i)           # they lie apart, as _bind saw
     # g + h is x - lr * d with x = g, d = h and lr = -1, to the last bit
     o.kernel.lr = -1
@@ -647,25 +689,25 @@ cdef object add_up(Plan self, object grads, object _, object __):
     sums = <Tensor *>self._sums.at
     for i in range(self._n):
         t = &self._tensors[i]
-        refuse_self_sum(self, i, t.grads[0].data)
+        refuse_self_sum(self, i, t.grads)
         sums[i] = one_tensor(
-            <void *>self._slots[i].bound, t.param.storage, t.size, t.grads, &plus
+            self._slots[i].bound, t.size, t.grads, &plus
         )
         sums[i].rule = SGD
     sweep_all(STEP, sums, self._n, step.n_elements)
 
 
-cdef int refuse_self_sum(Plan self, Py_ssize_t i, const void *data) except -1:
+cdef int refuse_self_sum(Plan self, Py_ssize_t i, const Stream *gradient) except -1:
     """Refuse a gradient without a bound one to add it to, or one that overlaps those."""
     cdef Py_ssize_t owner
-    if data == NULL:
+    if gradient.data == NULL:
         return 0
-    if self._slots[i].bound == NULL:
+    if self._slots[i].bound.data == NULL:
         raise ValueError(
             f"{spell(self._label(b'grads', i))} must be None where no gradient is bound, "
             "got an array"
         )
-    owner = self._others.owner_over(self._span_like(data, i, i))
+    owner = self._others.owner_over(self._span_like(gradient, i, i))
     if owner >= 0:
         raise ValueError(
             f"{spell(self._label(b'grads', i))} must not share memory with the gradient bound "
@@ -700,7 +742,7 @@ cdef object set_in_groups(Plan self, object name, object value, object _):
     checked = self._groups.check(groups, &self._own)
     for group in self.param_groups:
         group[name] = value
-    self._groups.adopt(checked)
+    self._adopt_groups(checked)
 
 
 cdef object grow(Plan self, object groups, object nests, object rest):
@@ -730,7 +772,10 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     grown._norm = Norm()
     grown._group_list = self._group_list
     grown._param_groups = grown._lay(groups, nest, self._rule_given)
-    states = [None if arrays is None else arrays + grown._allocated(n) for arrays in self._states]
+    grown._adopt_groups(grown._groups.check(grown._param_groups, &grown._own))
+    added = list(range(n, grown._n))
+    states = [None if arrays is None else arrays + tuple(grown._state_like(k, added))
+              for k, arrays in enumerate(self._states)]
     averages = None if self._averages is None else self._averages + grown._allocated(n)
     grown._on_loan = None if self._on_loan is None else self._on_loan + (None,) * (grown._n - n)
     grown._velocity_roots = self._velocity_roots
@@ -739,6 +784,8 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     for k, arrays in enumerate(states):
         if arrays is not None:
             grown._install_state(k, arrays)
+    grown._install_rests(self._rests + (None,) * len(added))
+    grown._start_rests()
     if averages is not None:
         grown._install_averages(averages, n)
         if self._ema_schedule is None:      # float32 may be new
@@ -765,6 +812,21 @@ cdef object look_again(Plan self, object _, object __, object ___):
     self._check_places()
 
 
+cdef object lend_masters(Plan self, object masters, object _, object __):
+    cdef Py_ssize_t i
+    self._check_places()
+    rests = list(self._rests)
+    for i, master in enumerate(masters):
+        if master is None:
+            continue
+        if rests[i] is None or master.dtype != rests[i].dtype or not lies_like(
+            <ndarray>master, <ndarray>self._params[i], True
+        ):
+            raise ValueError(f"{spell(self._label(b'masters', i))} must lie as its parameter does")
+        rests[i] = master
+    self._install_rests(tuple(rests))
+
+
 cdef object copy_state(Plan self, object include_params, object _, object __):
     cdef Py_ssize_t i
     if include_params:
@@ -775,16 +837,20 @@ cdef object copy_state(Plan self, object include_params, object _, object __):
             ):
                 self._refuse_moved(self._params, i, self._tensors[i].param.data, b"params")
     # whole, not only what was edited: an array may hold another number than at the last step
-    self._groups.adopt(self._groups.check(self.param_groups, &self._own))
+    self._adopt_groups(self._groups.check(self.param_groups, &self._own))
     entries = self._state
     if include_params:
         entries = [{**entry, "param": param}
                    for entry, param in zip(entries, self._params, strict=True)]
+    state = [
+        {key: a.copy(order="K") if isinstance(a, np.ndarray) else a for key, a in entry.items()}
+        for entry in entries
+    ]
+    for i, entry in enumerate(state):
+        if self._rests[i] is not None:
+            entry["master"] = self._master(i)
     return {
-        "state": [
-            {key: a.copy(order="K") if isinstance(a, np.ndarray) else a for key, a in entry.items()}
-            for entry in entries
-        ],
+        "state": state,
         "param_groups": [dict(group) for group in self.param_groups],
         "step_count": self._step_count,
         "skipped": self._skipped,
@@ -803,23 +869,36 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
                 check_saved(entry.get(name), arrays[i], f"state[{i}][{name!r}]")
     started = any([entry.get(name) is not None
                    for entry in entries for name in self._state_names])
-    new = {k: self._allocated(0) for k, arrays in enumerate(self._states)
-           if started and arrays is None}
+    new = {k: tuple(self._state_like(k, list(range(self._n))))
+           for k, arrays in enumerate(self._states) if started and arrays is None}
+    own = dict(zip((*self._state_names, "ema"), (*self._states, self._averages)))
+    own.update({self._state_names[k]: arrays for k, arrays in new.items()})
+    entries = [{key: converted(value, <ndarray>own[key][i]) if own.get(key) is not None else value
+                for key, value in entry.items()} for i, entry in enumerate(entries)]
+    writes = [(array, converted(value, array)) for array, value in writes]
+    masters = {}
+    for i, entry in enumerate(entries):
+        if self._rests[i] is not None and entry.get("master") is not None:
+            masters[i] = self._from_master(i, entry["master"], entry.get("writes_master", False))
     self._adopt(groups, {name: value for name, value in options.items()
                          if name != "ema_decay" or value is not None})
     # Nothing from here on can fail
     for k, arrays in new.items():
         self._install_state(k, arrays)
     for i, entry in enumerate(entries):
-        for name, arrays in zip(self._state_names, self._states, strict=True):
-            if arrays is not None and name in entry:
-                arrays[i][...] = 0 if entry[name] is None else entry[name]
-        if self._averages is not None and entry.get("ema") is not None:
-            self._averages[i][...] = entry["ema"]
+        for name, arrays in zip((*self._state_names, "ema"), (*self._states, self._averages)):
+            if arrays is not None and name in entry and (name != "ema" or entry[name] is not None):
+                assign(<ndarray>arrays[i], entry[name])
     first_steps = [entry.get("first_step", bool(self._slots[i].first_step))
                    for i, entry in enumerate(entries)]
     for array, value in writes:
-        array[...] = value
+        assign(array, value)
+    for i, entry in enumerate(entries):
+        if self._rests[i] is not None and "master" in entry:
+            shown, rest = masters.get(i, (None, None))
+            assign(self._rests[i], rest)
+            if entry.get("writes_master", False):
+                np.ndarray.view(self._params[i], np.uint16)[...] = shown
     with critical_section(self):
         for i, first_step in enumerate(first_steps):
             self._slots[i].first_step = first_step

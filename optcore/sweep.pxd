@@ -1,6 +1,8 @@
 """One sweep over one tensor: the tables it reads and the one door to every loop."""
+from libc.stdint cimport uint64_t
+
 from optcore.rules cimport MOST_STATES, Rule, Scalars, Variant
-from optcore.storage cimport Storage, Stream
+from optcore.storage cimport Stream, arithmetic_of, is_rounded, stream_at
 
 cdef enum:
     # Elements between two points where a sweep may be cut for another thread, and the unit
@@ -11,6 +13,7 @@ cdef enum Sweep:
     STEP         # gradient options, rule, average, zeroing: everything that writes
     SQUARES      # read-only: sum of squares and count of non-finite gradients
     ZERO         # gradients become zero, NaN included
+    COPY         # the parameter becomes the gradient, rounded to the nearest
 
 cdef struct Partial:        # one CHUNK's share of the norm
     double squares
@@ -26,36 +29,50 @@ cdef struct Tensor:
     const Scalars *scalars          # IN
     const double *weights           # IN: of the gradients, whose sum is 1; NULL: plainly added
     double unit                     # SQUARES: a power of two that multiplies gradients first
+    uint64_t key                    # of this step's noise, where `draws`
+    Py_ssize_t first                # the place of its first element in a whole; a multiple of GRID
     Py_ssize_t size
     int n_grads
     Rule rule
     Variant variant
     bint zero_grad
+    bint draws                      # a stream is rounded stochastically
 
 
 cdef inline Tensor one_tensor(
-    void *param, Storage storage, Py_ssize_t size, const Stream *grad, const Scalars *scalars
+    Stream param, Py_ssize_t size, const Stream *grad, const Scalars *scalars
 ) noexcept nogil:
-    """A tensor with one gradient, states that are stored alike but not there yet, no extras."""
+    """A tensor with one gradient, states in the arithmetic type but not there yet, no extras."""
     cdef Tensor t
     cdef int k
-    t.param.data = param
-    t.param.storage = storage
+    t.param = param
     t.grads = grad
     for k in range(MOST_STATES):
-        t.states[k].data = NULL
-        t.states[k].storage = storage
+        t.states[k] = stream_at(NULL, arithmetic_of(param.storage))
     t.ema = NULL
     t.partials = NULL
     t.scalars = scalars
     t.weights = NULL
     t.unit = 1
+    t.key = 0
+    t.first = 0
     t.size = size
     t.n_grads = 1
     t.rule = 0
     t.variant = <Variant>0
     t.zero_grad = False
+    t.draws = False
     return t
+
+
+cdef inline void round_streams(Tensor *t, bint stochastic) noexcept nogil:
+    """Round what keeps less than was computed, stochastically or to the nearest."""
+    cdef int k
+    t.param.stochastic = stochastic and is_rounded(t.param.storage)
+    t.draws = t.param.stochastic
+    for k in range(MOST_STATES):
+        t.states[k].stochastic = stochastic and is_rounded(t.states[k].storage)
+        t.draws |= t.states[k].stochastic
 
 
 # One kind of sweep over a range of one tensor

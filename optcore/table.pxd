@@ -5,7 +5,7 @@ from optcore.arrays cimport Label
 from optcore.groups cimport Groups
 from optcore.memory cimport Buffer, Span, Spans
 from optcore.rules cimport Rule
-from optcore.storage cimport Stream
+from optcore.storage cimport Storage, Stream
 from optcore.structure cimport Nest, Roots, Watch
 from optcore.sweep cimport Tensor
 
@@ -13,7 +13,7 @@ cdef struct Slot:               # what the table alone knows of a tensor
     Py_ssize_t group
     bint first_step             # its states have not started
     const void *clear           # the gradient last seen to overlap nothing that is written
-    const void *bound           # where its bound gradient is
+    Stream bound                # its bound gradient; no data: none, or one that lies otherwise
 
 cdef struct Step:               # of a plan; one that can no longer fail
     double scale
@@ -41,6 +41,7 @@ cdef class Table:
     cdef Groups _groups
     cdef Rule _rule_given       # of every group; negative: by momentum and nesterov
     cdef bint _single, _any_float32
+    cdef bint _any_draws        # noise for rounding
     cdef Nest _nest             # how gradients come; None: as one array
     cdef Roots _param_roots, _bound_roots, _velocity_roots
     cdef object _group_list     # of the dictionaries that the groups were made from, and
@@ -52,6 +53,7 @@ cdef class Table:
     cdef readonly tuple _state_names
     cdef list _states           # of each name: one array a parameter, or None before they start
     cdef tuple _averages
+    cdef tuple _rests           # of half parameters: low halves or float32 copies; else None
     cdef dict _buffers          # by set and parameter: where scattered gradients are put together
     cdef list _to_zero          # scattered gradients of this step that become zero after it
 
@@ -63,9 +65,19 @@ cdef class Table:
     cdef int _lend(self, Roots roots, Py_ssize_t first) except -1
     cdef int _start_states(self) except -1
     cdef tuple _allocated(self, Py_ssize_t first)
+    cdef Storage _param_storage(self, Py_ssize_t i) noexcept
+    cdef Storage _state_storage(self, Py_ssize_t i, Py_ssize_t k) noexcept
+    cdef list _state_like(self, Py_ssize_t k, list indices)
+    cdef int _follow_rounding(self) noexcept
+    cdef object _master(self, Py_ssize_t i)
+    cdef tuple _from_master(self, Py_ssize_t i, object master, bint writes)
+    cdef int _install_rests(self, tuple rests) except -1
+    cdef int _start_rests(self) except -1
     cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1
     cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1
     cdef int _become(self, Table grown) except -1
+
+    cdef int _adopt_groups(self, tuple checked) except -1
 
     # Looking again at what the user keeps
     cdef int _look_again(self) except -1
@@ -93,9 +105,11 @@ cdef class Table:
     cdef Py_ssize_t _scattered_one(self) except -1
     cdef int _zero_scattered(self) except -1
     cdef int _refuse_shared(self, tuple names) except -1
-    cdef void _add_other(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept
-    cdef Span _span_like(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept
+    cdef void _add_other(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept
+    cdef Span _span_like(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept
     cdef int _bind(self, Roots roots) except -1
 
 
 cdef Rule rule_named(str name) except -2
+cdef object converted(object value, ndarray like)
+cdef int assign(ndarray to, object value) except -1

@@ -19,21 +19,75 @@ from optcore.arrays cimport (
     refuse_misfit,
     spell,
     storage_of,
+    stream_of,
 )
 from optcore.memory cimport span_at, span_of, span_over, zeroed
-from optcore.options cimport variant_of
+from optcore.options cimport (
+    FLOAT32_MASTER,
+    MASTER_BY_DTYPE,
+    SPLIT_MASTER,
+    STOCHASTIC,
+    VELOCITY_BFLOAT16,
+    variant_of,
+)
 from optcore.rules cimport NESTEROV, N_RULES, RULE_ROWS
-from optcore.storage cimport FLOAT32, arithmetic_of, itemsize_of
-from optcore.sweep cimport one_tensor
+from optcore.parallel cimport sweep_all
+from optcore.storage cimport (
+    BFLOAT16,
+    COPIED_BFLOAT16,
+    COPIED_FLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    SPLIT_BFLOAT16,
+    arithmetic_of,
+    itemsize_of,
+    plain,
+    stream_at,
+)
+from optcore.sweep cimport COPY, one_tensor, round_streams
 
 import numpy as np
 
 from optcore._arena import allocate_like
-from optcore.arrays import in_one_place, is_array
+from optcore.arrays import bfloat16, has_nonzero, in_one_place, is_array, name_of_dtype
 
 import_array()
 
 cdef tuple GRADS = (b"grads",)
+# Of what the optimizer allocates
+cdef dict DTYPES = {FLOAT32: np.float32, FLOAT64: np.float64, BFLOAT16: bfloat16}
+cdef dict NAMES = {FLOAT32: "float32", FLOAT64: "float64", BFLOAT16: "bfloat16"}
+
+
+cdef int copy_stream(Stream to, Stream source, Py_ssize_t size) except -1:
+    """Copy elements from one storage to another, rounded to the nearest."""
+    cdef Tensor t = one_tensor(to, size, &source, NULL)
+    if size > 0:
+        sweep_all(COPY, &t, 1, size)
+    return 0
+
+
+cdef object converted(object value, ndarray like):
+    """Return a saved array in the dtype of another and, where that is not its own, laid out so."""
+    cdef ndarray a, result
+    if value is None or storage_of(<ndarray>value) == storage_of(like):
+        return value
+    a, result = allocate_like((like, like), (value.dtype, like.dtype))
+    PyArray_CopyInto(a, <ndarray>value)
+    copy_stream(stream_of(result), stream_of(a), PyArray_SIZE(a))
+    return result
+
+
+cdef int assign(ndarray to, object value) except -1:
+    """Give an array other values; they have its storage already, though maybe another dtype."""
+    if value is None:
+        np.ndarray.fill(to, 0)
+    elif storage_of(to) == BFLOAT16:
+        to.view(np.uint16)[...] = value.view(np.uint16)
+    else:
+        PyArray_CopyInto(to, <ndarray>value)
+    return 0
 
 
 cdef class Table:
@@ -45,6 +99,7 @@ cdef class Table:
         """Check the parameters, lay out the tables for them; return the groups' dictionaries."""
         cdef Py_ssize_t i, g, n = 0
         cdef ndarray a
+        cdef Storage storage
         cdef Watch watch = Watch()
         arrays, keys, each = [], [], []
         self._param_roots, self._velocity_roots = Roots("params"), Roots("velocities")
@@ -81,6 +136,7 @@ cdef class Table:
         self._rule_given = rule
         self._state_names = states_of(rule)
         self._states = [None] * len(self._state_names)
+        self._rests = (None,) * self._n
         self._velocity = -1
         if "velocity" in self._state_names:
             self._velocity = self._state_names.index("velocity")
@@ -96,14 +152,17 @@ cdef class Table:
             for a in group["params"]:
                 self._slots[i].group = g
                 self._slots[i].first_step = True
+                storage = <Storage>storage_of(a)
                 self._tensors[i] = one_tensor(
-                    PyArray_DATA(a), storage_of(a), PyArray_SIZE(a), NULL,
+                    stream_of(a), PyArray_SIZE(a), NULL,
                     &self._groups.at[g].scalars
                 )
-                if arithmetic_of(storage_of(a)) == FLOAT32:
+                if arithmetic_of(storage) == FLOAT32:
                     self._groups.at[g].has_float32 = self._any_float32 = True
                 else:
                     self._groups.at[g].has_float64 = True
+                self._groups.at[g].has_bfloat16 |= storage == BFLOAT16
+                self._groups.at[g].has_float16 |= storage == FLOAT16
                 i += 1
         self._list_written()
         return each
@@ -123,7 +182,7 @@ cdef class Table:
         """List the memory a step writes; two arrays in one place are an error."""
         cdef Py_ssize_t i, k, owner, first, second
         cdef bint lent
-        self._written.clear(self._n * (len(self._states) + 2))
+        self._written.clear(self._n * (len(self._states) + 3))
         for i in range(self._n):
             self._written.add(span_of(<ndarray>self._params[i], i))
             self._slots[i].clear = NULL
@@ -133,8 +192,11 @@ cdef class Table:
                 for i in range(self._n):
                     owner = self._n + i if lent and self._on_loan[i] is not None else -1
                     self._written.add(span_of(<ndarray>arrays[i], owner))
+        for rest in self._rests:
+            if rest is not None:
+                self._written.add(span_of(<ndarray>rest, -1))
         if not self._written.sort(&first, &second):
-            same = "is the same array as" if second < self._n and (
+            same = "is the same array as" if 0 <= first and 0 <= second < self._n and (
                 self._params[first] is self._params[second]
             ) else "shares memory with"
             raise ValueError(f"{spell(self._owner(second))} {same} {spell(self._owner(first))}")
@@ -153,6 +215,13 @@ cdef class Table:
             a = as_ndarray(given[i], True, self._label(b"velocities", i))
             if not fits(a, <ndarray>self._params[i], True):
                 refuse_misfit(a, <ndarray>self._params[i], True, self._label(b"velocities", i))
+            if self._velocity >= 0 and storage_of(a) != self._state_storage(i, self._velocity):
+                wanted = NAMES[self._state_storage(i, self._velocity)]
+                raise TypeError(
+                    f"{spell(self._label(b'velocities', i))} must have the dtype that "
+                    f"velocity_dtype says, {wanted}, got {name_of_dtype(a)}: np.zeros_like(p, "
+                    f"{'optcore.bfloat16' if wanted == 'bfloat16' else 'np.' + wanted}) has it"
+                )
             if RULE_ROWS[self._groups.at[self._slots[i].group].rule].n_states == 0:
                 raise ValueError(
                     f"{spell(self._label(b'velocities', i))} must be None without momentum, "
@@ -165,16 +234,16 @@ cdef class Table:
         if self._velocity < 0:
             return 0
         arrays = self._states[self._velocity] or (None,) * self._n
-        own = allocate_like([self._params[i] for i in range(self._n)
-                             if lent[i] is None and arrays[i] is None])
-        own = iter(own)
+        own = iter(self._state_like(
+            self._velocity, [i for i in range(self._n) if lent[i] is None and arrays[i] is None]
+        ))
         self._install_state(self._velocity, tuple([
             lent[i] if lent[i] is not None else arrays[i] if arrays[i] is not None else next(own)
             for i in range(self._n)
         ]))
         for i in range(first, self._n):
             # one that is zero throughout has not started
-            self._slots[i].first_step = lent[i] is None or not np.any(lent[i])
+            self._slots[i].first_step = lent[i] is None or not has_nonzero(lent[i])
         return 0
 
     cdef int _start_states(self) except -1:
@@ -184,13 +253,112 @@ cdef class Table:
             n_states = max(n_states, RULE_ROWS[self._groups.at[g].rule].n_states)
         for k in range(n_states):
             if self._states[k] is None:
-                self._install_state(k, self._allocated(0))
+                self._check_places()
+                self._install_state(k, tuple(self._state_like(k, list(range(self._n)))))
         return 0
 
     cdef tuple _allocated(self, Py_ssize_t first):
-        """Zeros like the parameters from `first` on, which must be what the border took."""
+        """Zeros for averages of the parameters from `first` on, which must be what was taken."""
         self._check_places()
-        return tuple(allocate_like(self._params[first:]))
+        return tuple(allocate_like(self._params[first:], [
+            DTYPES[arithmetic_of(self._tensors[i].param.storage)] for i in range(first, self._n)
+        ]))
+
+    # How things are stored
+
+    cdef Storage _param_storage(self, Py_ssize_t i) noexcept:
+        """How a parameter is stored, with the master that its group's options give it."""
+        cdef Storage storage = plain(self._tensors[i].param.storage)
+        cdef int master = self._groups.at[self._slots[i].group].options.master
+        if storage == BFLOAT16 and (master == MASTER_BY_DTYPE or master == SPLIT_MASTER):
+            return SPLIT_BFLOAT16
+        if storage == BFLOAT16 and master == FLOAT32_MASTER:
+            return COPIED_BFLOAT16
+        if storage == FLOAT16 and (master == MASTER_BY_DTYPE or master == FLOAT32_MASTER):
+            return COPIED_FLOAT16
+        return storage
+
+    cdef Storage _state_storage(self, Py_ssize_t i, Py_ssize_t k) noexcept:
+        """How a state of a parameter is stored."""
+        cdef int dtype = self._groups.at[self._slots[i].group].options.velocity_dtype
+        if k == self._velocity and dtype == VELOCITY_BFLOAT16:
+            return BFLOAT16
+        return arithmetic_of(self._tensors[i].param.storage)
+
+    cdef list _state_like(self, Py_ssize_t k, list indices):
+        """Zeros for a state of some parameters."""
+        return allocate_like([self._params[i] for i in indices],
+                             [DTYPES[self._state_storage(i, k)] for i in indices])
+
+    cdef int _start_rests(self) except -1:
+        """Give half parameters what their masters need; zeros, which loading takes for none."""
+        cdef Py_ssize_t i
+        wanted = [i for i in range(self._n) if self._rests[i] is None
+                  and self._param_storage(i) != plain(self._param_storage(i))]
+        if not wanted:
+            return 0
+        self._check_places()
+        rests = list(self._rests)
+        new = allocate_like([self._params[i] for i in wanted], [
+            np.uint16 if self._param_storage(i) == SPLIT_BFLOAT16 else np.float32 for i in wanted
+        ])
+        for i, rest in zip(wanted, new, strict=True):
+            rests[i] = rest
+        return self._install_rests(tuple(rests))
+
+    cdef int _adopt_groups(self, tuple checked) except -1:
+        self._groups.adopt(checked)
+        return self._follow_rounding()
+
+    cdef int _follow_rounding(self) noexcept:
+        """Round as the groups' options say now."""
+        cdef Py_ssize_t i
+        self._any_draws = False
+        for i in range(self._n):
+            round_streams(
+                &self._tensors[i],
+                self._groups.at[self._slots[i].group].options.rounding == STOCHASTIC,
+            )
+            self._any_draws |= self._tensors[i].draws
+        return 0
+
+    cdef object _master(self, Py_ssize_t i):
+        """A copy of what is stepped where that is more than the parameter shows; else None."""
+        cdef ndarray master
+        if self._rests[i] is None:
+            return None
+        master, = allocate_like((self._params[i],), (np.float32,))
+        copy_stream(stream_of(master), self._tensors[i].param, self._tensors[i].size)
+        return master
+
+    cdef tuple _from_master(self, Py_ssize_t i, object master, bint writes):
+        """What the parameter shows of a master, whatever its type, and what is kept beside it.
+
+        Unless it `writes`, nothing is where the parameter is another than that.
+        """
+        cdef ndarray param = self._params[i]
+        cdef ndarray values, shown, rest
+        cdef Stream stream = self._tensors[i].param
+        values, shown, rest = allocate_like(
+            (param,) * 3, (master.dtype, np.uint16, self._rests[i].dtype)
+        )
+        PyArray_CopyInto(values, <ndarray>master)
+        stream.data, stream.rest = PyArray_DATA(shown), PyArray_DATA(rest)
+        copy_stream(stream, stream_of(values), self._tensors[i].size)
+        if not writes:
+            rest[np.ndarray.view(param, np.uint16) != shown] = 0
+        return shown, rest
+
+    cdef int _install_rests(self, tuple rests) except -1:
+        cdef Py_ssize_t i
+        with critical_section(self):
+            self._rests = rests
+        for i in range(self._n):
+            if rests[i] is not None:
+                self._tensors[i].param.storage = self._param_storage(i)
+                self._tensors[i].param.rest = PyArray_DATA(<ndarray>rests[i])
+        self._follow_rounding()
+        return self._list_written()
 
     cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1:
         cdef Py_ssize_t i
@@ -199,14 +367,21 @@ cdef class Table:
         with critical_section(self):
             self._states = states
         for i in range(self._n):
-            self._tensors[i].states[k].data = PyArray_DATA(<ndarray>arrays[i])
+            self._tensors[i].states[k] = stream_at(
+                PyArray_DATA(<ndarray>arrays[i]), self._state_storage(i, k)
+            )
+        self._follow_rounding()
         return self._list_written()
 
     cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1:
         """Average into these arrays; those from `first` on start at the parameters."""
         cdef Py_ssize_t i
         for i in range(first, self._n):
-            averages[i][...] = self._params[i]
+            copy_stream(
+                stream_at(PyArray_DATA(<ndarray>averages[i]),
+                          arithmetic_of(self._tensors[i].param.storage)),
+                self._tensors[i].param, self._tensors[i].size,
+            )
         with critical_section(self):
             self._averages = averages
         for i in range(self._n):
@@ -223,13 +398,14 @@ cdef class Table:
             self._written, self._others = grown._written, grown._others
             self._groups = grown._groups
             self._any_float32, self._single = grown._any_float32, grown._single
+            self._any_draws = grown._any_draws
             self._nest = grown._nest
             self._param_roots, self._bound_roots = grown._param_roots, grown._bound_roots
             self._velocity_roots, self._group_watch = grown._velocity_roots, grown._group_watch
             self._params, self._keys = grown._params, grown._keys
             self._bound, self._bound_scattered = grown._bound, grown._bound_scattered
             self._on_loan, self._states = grown._on_loan, grown._states
-            self._averages = grown._averages
+            self._averages, self._rests = grown._averages, grown._rests
             self._buffers = grown._buffers
         return 0
 
@@ -315,11 +491,13 @@ cdef class Table:
         if self._on_loan is not None and <object>PyTuple_GET_ITEM(self._on_loan, i) is not None:
             velocity = t.states[self._velocity].data
             if not is_unmoved(
-                <ndarray>PyTuple_GET_ITEM(self._on_loan, i), velocity, t.size, t.param.storage
+                <ndarray>PyTuple_GET_ITEM(self._on_loan, i), velocity, t.size,
+                t.states[self._velocity].storage
             ):
                 self._refuse_moved(self._on_loan, i, velocity, b"velocities")
         if self._averages is not None and not is_unmoved(
-            <ndarray>PyTuple_GET_ITEM(self._averages, i), t.ema, t.size, t.param.storage
+            <ndarray>PyTuple_GET_ITEM(self._averages, i), t.ema, t.size,
+            arithmetic_of(t.param.storage)
         ):
             self._refuse_moved(self._averages, i, t.ema, b"ema")
         return 0
@@ -419,13 +597,12 @@ cdef class Table:
             t.n_grads = <int>n_sets
             t.weights = weights
             if bound:
-                grads[0].data = <void *>slot.bound
-                grads[0].storage = t.param.storage
-                if slot.bound != NULL and not is_unmoved(
-                    <ndarray>PyTuple_GET_ITEM(self._bound, i), slot.bound, t.size,
-                    t.param.storage
+                grads[0] = slot.bound
+                if slot.bound.data != NULL and not is_unmoved(
+                    <ndarray>PyTuple_GET_ITEM(self._bound, i), slot.bound.data, t.size,
+                    slot.bound.storage
                 ):
-                    self._refuse_moved(self._bound, i, slot.bound, b"grads")
+                    self._refuse_moved(self._bound, i, slot.bound.data, b"grads")
             else:
                 for k in range(n_sets):
                     self._take_one(
@@ -460,8 +637,7 @@ cdef class Table:
         cdef ndarray a
         cdef Py_ssize_t owner
         cdef Span span
-        stream.data = NULL
-        stream.storage = self._tensors[i].param.storage
+        stream[0] = stream_at(NULL, FLOAT32)
         if gradient is not None:
             a = <ndarray>gradient
             span = span_of(a, 0)
@@ -469,7 +645,7 @@ cdef class Table:
                 check_but_layout(a, param, step.zeroing, self._label(names[k], i))
                 step.scattered = True
                 span = span_over(a, 0)
-            stream.data = PyArray_DATA(a)
+            stream[0] = stream_of(a)
             if stream.data != self._slots[i].clear or k > 0 or step.scattered:
                 owner = self._written.owner_over(span)
                 if owner >= -1:
@@ -501,7 +677,7 @@ cdef class Table:
         self._others.clear(self._n * n_sets)
         for i in range(self._n):
             for k in range(n_sets):
-                self._add_other(grads[i * n_sets + k].data, i, k * self._n + i)
+                self._add_other(&grads[i * n_sets + k], i, k * self._n + i)
         if not self._others.sort(&first, &second):
             raise ValueError(
                 f"{spell(self._label(names[second // self._n], second % self._n))} must not share "
@@ -513,14 +689,13 @@ cdef class Table:
         self._n_apart = self._n * n_sets
         return 0
 
-    cdef void _add_other(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
+    cdef void _add_other(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept:
         """List an array as large as parameter i, where there is one."""
-        if data != NULL:
-            self._others.add(self._span_like(data, i, owner))
+        if stream.data != NULL:
+            self._others.add(self._span_like(stream, i, owner))
 
-    cdef Span _span_like(self, const void *data, Py_ssize_t i, Py_ssize_t owner) noexcept:
-        cdef const Tensor *t = &self._tensors[i]
-        return span_at(data, t.size * itemsize_of(t.param.storage), owner)
+    cdef Span _span_like(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept:
+        return span_at(stream.data, self._tensors[i].size * itemsize_of(stream.storage), owner)
 
     cdef int _gather(self, list sets, tuple names, bint written) except -1:
         """Copy gradients that lie otherwise than their parameters into buffers kept for them."""
@@ -534,8 +709,9 @@ cdef class Table:
                 if gradient is None or fits(<ndarray>gradient, param, written):
                     continue
                 check_but_layout(<ndarray>gradient, param, written, self._label(names[k], i))
-                if (k, i) not in self._buffers:
-                    self._buffers[k, i], = allocate_like((param,))
+                buffer = self._buffers.get((k, i))
+                if buffer is None or buffer.dtype != gradient.dtype:
+                    self._buffers[k, i], = allocate_like((param,), (gradient.dtype,))
                 gathered[i] = self._buffers[k, i]
                 PyArray_CopyInto(<ndarray>gathered[i], <ndarray>gradient)
                 if written:
@@ -547,7 +723,7 @@ cdef class Table:
         """The first of the bound gradients that is not where a sweep can write it."""
         cdef Py_ssize_t i
         for i in range(self._n):
-            if self._bound[i] is not None and self._slots[i].bound == NULL:
+            if self._bound[i] is not None and self._slots[i].bound.data == NULL:
                 return i
         return 0
 
@@ -584,9 +760,11 @@ cdef class Table:
         self._bound = bound
         self._bound_scattered = step.scattered or len(scalars) > 0
         for i in range(self._n):
-            self._slots[i].bound = NULL if self._bound[i] is None or not fits(
+            self._slots[i].bound = stream_at(NULL, FLOAT32)
+            if self._bound[i] is not None and fits(
                 <ndarray>self._bound[i], <ndarray>self._params[i], True
-            ) else PyArray_DATA(<ndarray>self._bound[i])
+            ):
+                self._slots[i].bound = stream_of(<ndarray>self._bound[i])
         self._bound_roots = roots
         roots.watch = watch
         return 0

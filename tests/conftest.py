@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,10 @@ if FREE_THREADED and sys._is_gil_enabled():
     raise RuntimeError("importing optcore has brought the GIL back")
 
 _cases = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--times", type=int, default=1, help="so many times the random cases of bits")
 
 
 def pytest_configure(config):
@@ -59,6 +63,11 @@ def cases(request):
             pytest.fail(str(message() if callable(message) else message))
 
     return compare
+
+
+@pytest.fixture
+def times(request):
+    return request.config.getoption("--times")
 
 
 @pytest.fixture(params=simd_levels_available())
@@ -183,7 +192,48 @@ def site(request):
     return out
 
 
-BEGINNINGS = {"gallery": begin_gallery, "build": begin_builds, "site": begin_site}
+def begin_types(factory):
+    """mypy over sources and examples, then the stubs against what was compiled."""
+    if importlib.util.find_spec("mypy") is None:
+        return None
+    # From a folder of its own, for the sources' package would hide the installed one. Nothing of
+    # PyTorch's or scikit-learn's is compared with the stubs; to read their types takes long.
+    folder = factory.mktemp("types")
+    config = folder / "mypy.ini"
+    config.write_text(
+        "[mypy]\nstrict = True\ndisable_error_code = has-type\n"
+        "[mypy-torch.*,sklearn.*]\nfollow_imports = skip\nfollow_imports_for_stubs = True\n"
+        "ignore_missing_imports = True\n"
+    )
+    files = [*TESTS.parent.glob("python/optcore/*.py"), *EXAMPLES.glob("*.py")]
+    pool = ThreadPoolExecutor(1)
+    running = {
+        command[0]: pool.submit(
+            subprocess.run, [sys.executable, "-m", *map(str, command)], cwd=cwd, text=True,
+            capture_output=True, check=False,
+        )
+        for command, cwd in [
+            (["mypy", "--strict", *files], TESTS.parent),
+            (["mypy.stubtest", "optcore", "--allowlist", TESTS / "stubtest_allowlist.txt",
+              "--mypy-config-file", config], folder),
+        ]
+    }
+    pool.shutdown(wait=False)
+    return running
+
+
+@pytest.fixture(scope="session")
+def types(request):
+    """The ends of mypy and mypy.stubtest."""
+    begun = request.config.stash[_begun]["types"]
+    if begun is None:
+        pytest.skip("mypy is missing")
+    return {name: done.result() for name, done in begun.items()}
+
+
+BEGINNINGS = {
+    "gallery": begin_gallery, "build": begin_builds, "site": begin_site, "types": begin_types,
+}
 
 
 @pytest.fixture(scope="session")

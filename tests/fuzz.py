@@ -33,17 +33,31 @@ from twin import OPTIONS, Twin, alike, leaves, like
 
 import optcore
 from optcore.runtime import always_threaded, simd, simd_levels_available
-from reference import RULES, Options
+from reference import (
+    BFLOAT16,
+    FRACTION_BITS,
+    RULES,
+    Options,
+    rounded,
+    type_name,
+    widened,
+)
 
-F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64),
+          "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
+IN_FLOAT32 = ["float32", "float16", "bfloat16"]     # are stepped so
 SHAPES = [(), (0,), (1,), (7,), (33,), (3, 5), (5, 3), (4, 3, 2), (2, 0, 3), (300,), (40, 30)]
 RARE_SHAPES = [(8193,), (100, 90)]          # of more than one chunk
 NUMBERS = ["lr", "momentum", "dampening", "weight_decay", "clip_value"]
 FLAGS = ["maximize", "decoupled_weight_decay", "lr_in_velocity", "flush_subnormals", "nesterov",
          "dampen_first"]
+CHOICES = {"master": ["auto", None, "split", "float32"], "rounding": ["stochastic", "nearest"],
+           "velocity_dtype": [None, "float32", "bfloat16"]}
+LASTING = ["lr_in_velocity", "master", "velocity_dtype"]
 RECORDED = [*OPTIONS, "nesterov", "lr_in_velocity"]
-DEFAULTS = {name: getattr(Options(), name, False) for name in RECORDED} | {"lr": None}
-SETTINGS = ["max_norm", "skip_nonfinite", "track_grad_norm", "ema_decay"]
+DEFAULTS = {name: getattr(Options(), name, False) for name in RECORDED} | {
+    "lr": None, **{name: values[0] for name, values in CHOICES.items()}}
+SETTINGS = ["max_norm", "skip_nonfinite", "track_grad_norm", "ema_decay", "seed"]
 LEVELS = simd_levels_available()
 
 
@@ -95,9 +109,30 @@ def number_refusal(name, value, as_float32=False):
     return None
 
 
-def group_refusal(group, dtypes, max_norm, count=None):
+def types_of(arrays):
+    return {type_name(a) for a in arrays}
+
+
+def storage_refusal(group, types):
+    """What a group's choices are refused with, beside parameters of these types."""
+    for name, among in CHOICES.items():
+        value = group[name]
+        if not isinstance(value, (str, type(None))) or value not in among:
+            return ValueError if isinstance(value, str) else TypeError
+    halves = types & {*FRACTION_BITS}
+    if (
+        (group["master"] == "split" and halves != {"bfloat16"})
+        or (group["master"] == "float32" and not halves)
+        or (group["velocity_dtype"] is not None and "float64" in types)
+    ):
+        return ValueError
+    return None
+
+
+def group_refusal(group, types, max_norm, count=None):
     """What a group's options are refused with: as they are set, or by the step of a count."""
     values = {}
+    in_float32 = not types <= {"float64"}
     for name in RECORDED:
         value = group[name]
         if name in FLAGS:
@@ -115,7 +150,10 @@ def group_refusal(group, dtypes, max_norm, count=None):
                 return refusal
             value = float(value)
         values[name] = value
-    if F32 in dtypes and any(
+    refusal = storage_refusal(group, types)
+    if refusal:
+        return refusal
+    if in_float32 and any(
         values[name] is not None and number_refusal(name, values[name], True) for name in NUMBERS
     ):
         return ValueError
@@ -130,7 +168,7 @@ def group_refusal(group, dtypes, max_norm, count=None):
         return ValueError
     if values["decoupled_weight_decay"]:
         shrink = 1 - values["lr"] * values["weight_decay"]
-        if not math.isfinite(shrink) or (F32 in dtypes and np.isinf(np.float32(shrink))):
+        if not math.isfinite(shrink) or (in_float32 and np.isinf(np.float32(shrink))):
             return ValueError
     return None
 
@@ -141,7 +179,7 @@ def plain(value):
         return None
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    return value if type(value) is int else float(value)
+    return value if isinstance(value, str) or type(value) is int else float(value)
 
 
 # Where values come from
@@ -160,7 +198,9 @@ def pools(dtype):
     return {"usual": usual, "finite": finite.astype(dtype), "any": any_at_all.astype(dtype)}
 
 
-POOLS = {dtype: pools(dtype) for dtype in (F32, F64)}
+POOLS = {name: pools(DTYPES[name]) for name in ("float32", "float64")}
+POOLS |= {name: {kind: rounded(pool, name) for kind, pool in POOLS["float32"].items()}
+          for name in FRACTION_BITS}
 
 
 def places(nest):
@@ -193,15 +233,22 @@ class Life:
         self.level = self.one_of(*LEVELS)
         self.n_threads = self.one_of(*[1] * 30, 2, 3)
         optcore.set_num_threads(self.n_threads)
-        self.dtypes = self.one_of([F32], [F64], [F32, F64])
+        self.types = self.one_of(
+            ["float32"], ["float64"], ["float32", "float64"], ["bfloat16"], ["float16"], IN_FLOAT32,
+            [*DTYPES])
+        self.mixes = self.chance()      # gradients of other types than their parameters'
         self.mood = self.one_of("usual", "usual", "finite", "any")
         self.named = self.chance(0.7)
         self.trees = [self.new_tree() for _ in range(self.one_of(1, 1, 2))]
         grouped = len(self.trees) > 1 or self.chance(0.3)
         self.whole = not grouped       # gradients come as the one tree does
         # A later group takes what this one has: no array, which two optimizers would share.
-        given = self.options(kinds=(np.float64, np.float32))
-        groups = [{**given, **(self.options() if k else {})} for k in range(len(self.trees))]
+        given = {**self.options(kinds=(np.float64, np.float32)), **self.storage(self.trees[0])}
+        groups = [{**given, **({**self.options(), **self.storage(tree)} if k else {})}
+                  for k, tree in enumerate(self.trees)]
+        self.kept = {}          # types of velocities by the parameter's id
+        for tree, group in zip(self.trees, groups, strict=True):
+            self.keep(tree, group)
         self.max_norm_beside(groups)
         bound = [self.map_trees(self.bindable)] if self.chance(0.4) else []
         bound = [part for part in bound if part is not None]    # None: that none were given
@@ -249,23 +296,39 @@ class Life:
             "clip_value": self.one_of(None, None, 0.5, 0.0, Wave((0.5, 1e-3))) if clip else None,
         }
 
+    def storage(self, tree):
+        """Choices of a group that its parameters can have."""
+        types = types_of(leaves(tree))
+        while True:
+            drawn = {name: self.one_of(*values) for name, values in CHOICES.items()}
+            if storage_refusal(drawn, types) is None:
+                return drawn
+
+    def keep(self, tree, group):
+        for p in leaves(tree):
+            self.kept[id(p)] = self.velocity_type(p, group)
+
+    def velocity_type(self, p, group):
+        return group["velocity_dtype"] or ("float64" if p.dtype == np.float64 else "float32")
+
     def max_norm_beside(self, groups):
         clips = any(group["clip_value"] is not None for group in groups)
         self.settings = {
             "max_norm": None if clips else self.one_of(None, None, 1.0, 0.0, 1e3),
             "skip_nonfinite": self.chance(), "track_grad_norm": self.chance(),
             "ema_decay": self.one_of(None, None, 0.9, 0.0, Wave((0.5, 0.75))),
+            "seed": self.one_of(0, 7, 2**64 - 1),
         }
 
-    def values(self, shape, dtype):
+    def values(self, shape, name):
         kind = self.mood if self.chance(0.3) else "usual"
         size = math.prod(shape)
         first = self.random.randrange(20_001 - size)
-        return POOLS[dtype][kind][first : first + size].reshape(shape)
+        return POOLS[name][kind][first : first + size].reshape(shape)
 
     def array(self):
         shape = self.one_of(*RARE_SHAPES) if self.chance(0.004) else self.one_of(*SHAPES)
-        return np.array(self.values(shape, self.one_of(*self.dtypes)), order=self.one_of("C", "F"))
+        return np.array(self.values(shape, self.one_of(*self.types)), order=self.one_of("C", "F"))
 
     def new_tree(self, depth=0):
         """A nest with names, or a list, a tuple or a bare array without."""
@@ -293,12 +356,13 @@ class Life:
         """The values in an array that lies in one of the ways of NumPy's idioms."""
         order = "F" if p.flags.fnc else "C"
         if layout == "strided":
-            wide = np.full((*values.shape, 2), np.nan, values.dtype)
+            wide = np.empty((*values.shape, 2), values.dtype)
+            wide.view(np.uint8)[...] = 0xFF         # NaN
             wide[..., 1] = values
             return wide[..., 1]
         if layout == "reversed" and values.ndim:
             return np.array(values[::-1])[::-1]
-        if layout == "scalar" and not values.ndim:
+        if layout == "scalar" and not values.ndim and type_name(values) != "bfloat16":
             return values[()]
         if layout == "read-only":
             values = np.array(values, order=order)
@@ -310,15 +374,22 @@ class Life:
         if self.chance(0.1):
             return None
         more = ["scalar"] if bound else ["scalar", "read-only"]
-        return self.laid(self.values(p.shape, p.dtype), p, self.one_of(
+        return self.laid(self.values(p.shape, self.type_beside(p)), p, self.one_of(
             "as p", "as p", "as p", "other", "strided", "reversed", *more))
+
+    def type_beside(self, p):
+        """Of a gradient."""
+        if self.mixes and p.dtype != np.float64:
+            return self.one_of(*IN_FLOAT32)
+        return type_name(p)
 
     def bindable(self, p):
         return self.gradient(p, bound=True)
 
     def velocity(self, p):
-        return self.one_of(None, np.zeros_like(p), np.array(self.laid(
-            self.values(p.shape, p.dtype), p, "as p")))
+        kept = self.kept[id(p)]
+        return self.one_of(None, np.zeros_like(p, DTYPES[kept]), np.array(self.laid(
+            self.values(p.shape, kept), p, "as p")))
 
     def shuffled(self, nest):
         """The nest with the keys of its mappings in another order."""
@@ -336,12 +407,12 @@ class Life:
     def live(self):
         return self.twin.live
 
-    def dtypes_of(self, g):
-        return {p.dtype for p in self.opt.param_groups[g]["params"]}
+    def types_of_group(self, g):
+        return types_of(self.opt.param_groups[g]["params"])
 
     @property
     def any_float32(self):
-        return any(p.dtype == F32 for p in self.live)
+        return any(p.dtype != np.float64 for p in self.live)
 
     def names(self):
         return [name for group in self.opt.param_groups
@@ -350,11 +421,9 @@ class Life:
     def groups_refusal(self, groups=None, count=None, max_norm="as set"):
         """What a change of the groups is refused with, or the next step for their sake."""
         for g, group in enumerate(self.groups if groups is None else groups):
-            refusal = group_refusal(group, self.dtypes_of(g), self.settings["max_norm"]
+            refusal = group_refusal(group, self.types_of_group(g), self.settings["max_norm"]
                                     if max_norm == "as set" else max_norm, count)
-            if refusal is None and bool(group["lr_in_velocity"]) != bool(
-                self.groups[g]["lr_in_velocity"]
-            ):
+            if refusal is None and any(group[name] != self.groups[g][name] for name in LASTING):
                 refusal = ValueError
             if refusal:
                 return refusal
@@ -415,9 +484,9 @@ class Life:
 
     def wrong_array(self, p, kinds=()):
         """What cannot be a gradient, a velocity or a saved array of p's, and its refusal."""
-        other = F64 if p.dtype == F32 else F32
+        other = np.float32 if p.dtype == np.float64 else np.float64
         found = [
-            (p.astype(other), TypeError), (p.astype(np.float16), TypeError),
+            (p.astype(other), TypeError), (p.astype(np.uint16), TypeError),
             (np.zeros(p.shape, np.int64), TypeError), (p.astype(np.complex64), TypeError),
             (p.astype(p.dtype.newbyteorder()), TypeError), (np.ma.masked_array(p, True), TypeError),
             (frozenset(), TypeError), ("gradient", TypeError),
@@ -471,6 +540,8 @@ class Life:
     def wrong_option(self, name):
         if name in FLAGS:
             return self.one_of(1, 0, None, "True", [])
+        if name in CHOICES:
+            return self.one_of("half", "int4", 8, np.int8, np.ones(2), *CHOICES[name])
         return self.one_of(-1, math.nan, math.inf, True, "0.1", 1j, np.ones(2), [0.1], 1e-50, 1e300,
                            1 - 1e-9, 1.0, None, 10**400)
 
@@ -479,20 +550,20 @@ class Life:
         before = [a.tobytes() for a in leaves([self.trees, arguments["grads"],
                                                arguments["velocities"]]) if a is not None]
         p = next((p for p in leaves(self.trees) if p.size), None)
-        name = self.one_of(*NUMBERS, *FLAGS, *SETTINGS)
+        name = self.one_of(*NUMBERS, *FLAGS, *CHOICES, *SETTINGS[:4])
         value = self.wrong_option("maximize" if name in SETTINGS[1:3] else name)
-        dtypes = {q.dtype for q in leaves(self.trees[0])}
+        types = types_of(leaves(self.trees[0]))
         if name in SETTINGS[1:3]:
             refusal = TypeError
         elif name in SETTINGS:
             refusal = None if value is None else number_refusal(name, value)
         else:
-            refusal = group_refusal({**arguments, name: value}, dtypes, self.settings["max_norm"])
+            refusal = group_refusal({**arguments, name: value}, types, self.settings["max_norm"])
         changed = {**arguments, name: value} if refusal else {**arguments, "lr": None}
         bad = [(params, changed, (refusal or TypeError,))]
         if p is not None:
             wrong, refusal = self.one_of(
-                (p.astype(np.float16), TypeError), (np.ma.masked_array(p), TypeError),
+                (p.astype(np.uint16), TypeError), (np.ma.masked_array(p), TypeError),
                 (misaligned(p), ValueError), (np.zeros((4, 4), p.dtype)[::2, ::2], ValueError),
                 (p.astype(p.dtype.newbyteorder()), TypeError), (np.float64(3), TypeError))
             bad += [
@@ -500,8 +571,9 @@ class Life:
                 ([p, p[...]], {"lr": 0.1}, (ValueError,)),
                 ({"a": p}, {"lr": 0.1, "grads": {"b": p.copy()}}, (ValueError,)),
                 ({"a": p}, {"lr": 0.1, "grads": {"a": p}}, (ValueError,)),
-                ({"a": p}, {"lr": 0.1, "velocities": {"a": p.copy()}}, (ValueError,)),
-                ({"a": p}, {"lr": 0.1, "momentum": 0.5, "velocities": {"a": p}}, (ValueError,)),
+                ({"a": p}, {"lr": 0.1, "velocities": {"a": np.array(widened(p))}}, (ValueError,)),
+                ({"a": p}, {"lr": 0.1, "momentum": 0.5, "velocities": {"a": p}},
+                 (TypeError if type_name(p) in FRACTION_BITS else ValueError,)),
                 ([{"params": [p]}, {"lr": 0.1}], {"lr": 0.1}, (ValueError,)),
                 ([{"params": [p], "learning_rate": 1}], {"lr": 0.1}, (TypeError,)),
                 ({"params": p, "lr": 0.1}, {}, (TypeError,)),
@@ -552,9 +624,9 @@ class Life:
     def step_shared(self):
         """Gradients in one memory: read as they are, but not zeroed."""
         pair = [p for p in self.live if p.size][:2]
-        if len(pair) < 2 or pair[0].dtype != pair[1].dtype:
+        if len(pair) < 2 or len(types_of(pair)) > 1:
             return NOTHING
-        memory = np.array(self.values((sum(p.size for p in pair),), pair[0].dtype))
+        memory = np.array(self.values((sum(p.size for p in pair),), type_name(pair[0])))
         second = self.one_of(0, pair[0].size - 1)
         cut = [memory[: pair[0].size], memory[second : second + pair[1].size]]
         shared = {id(p): g.reshape(p.shape, order="F" if p.flags.fnc else "C")
@@ -636,7 +708,8 @@ class Life:
                 flaw = ValueError
         refusals = flaw if isinstance(flaw, tuple) else [flaw]
         given = [None] * len(bound) if flaw or grads is None else leaves(grads)
-        expected = [b if g is None or b is None else np.asarray(b + g)
+        expected = [b if g is None or b is None else
+                    rounded(np.asarray(widened(b) + widened(g)), type_name(b))
                     for b, g in zip(bound, given, strict=True)]
         self.attempt(refusals, lambda: self.opt.accumulate(
             grads if flaw else self.shuffled(grads)))
@@ -647,7 +720,7 @@ class Life:
         at = [place for part in self.bound for place in self.places_of(part)]
         for p, (container, key) in zip(self.live, at, strict=False):
             if container is not None and not isinstance(container, tuple) and self.chance(0.9):
-                container[key] = self.laid(self.values(p.shape, p.dtype), p, "as p")
+                container[key] = self.laid(self.values(p.shape, self.type_beside(p)), p, "as p")
 
     def zero_grad(self):
         bound = leaves(self.bound)
@@ -662,7 +735,7 @@ class Life:
         first = self.map_trees(self.gradient)
         replicas = [first] + [
             like(first, lambda g: None if g is None else self.laid(
-                self.values(g.shape, g.dtype), g, self.one_of("as p", "other", "strided")))
+                self.values(g.shape, type_name(g)), g, self.one_of("as p", "other", "strided")))
             for _ in range(n - 1)
         ]
         weights = self.one_of(None, [self.random.random() + 0.1 for _ in range(n)], [1] * n,
@@ -702,21 +775,22 @@ class Life:
 
     def grow(self):
         tree = self.new_tree()
-        own_options = self.options(clip=self.settings["max_norm"] is None)
+        own_options = {**self.options(clip=self.settings["max_norm"] is None), **self.storage(tree)}
         options = {name: value for name, value in own_options.items() if self.chance()}
         merged = {**self.defaults, **options}
         arrays = leaves(tree)
         has_momentum = callable(merged["momentum"]) or merged["momentum"] != 0
+        self.keep(tree, merged)
         grads = like(tree, self.bindable) if self.bound else None
         if grads is None and isinstance(tree, np.ndarray) and self.bound:
             grads = np.zeros_like(tree)     # for None means that none were given
         own = like(tree, self.velocity) if self.chance(0.2 + 0.5 * bool(self.own)) else None
         if not has_momentum and own is not None and any(v is not None for v in leaves(own)):
             own = None
-        dtypes = {p.dtype for p in arrays}
-        refusals = [group_refusal(merged, dtypes, self.settings["max_norm"])]
+        types = types_of(arrays)
+        refusals = [group_refusal(merged, types, self.settings["max_norm"])]
         decay = self.settings["ema_decay"]
-        if F32 in dtypes and decay is not None and not callable(decay):
+        if types != {"float64"} and decay is not None and not callable(decay):
             refusals.append(number_refusal("ema_decay", decay, True))
         group, more = {"params": tree, **options}, {"grads": grads, "velocities": own}
         p = self.nonempty()
@@ -736,10 +810,10 @@ class Life:
                             {"velocities": {"new": wrong}}, flaw))
             group, more, flaw = self.one_of(*bad)
             known = {**self.defaults, **{name: value for name, value in (
-                group.items() if isinstance(group, dict) else ()) if name in RECORDED}}
+                group.items() if isinstance(group, dict) else ()) if name in DEFAULTS}}
             self.attempt(
-                [flaw, group_refusal(known, {p.dtype for p in [p, *arrays]},
-                                     self.settings["max_norm"])],
+                [flaw, *(group_refusal(known, types, self.settings["max_norm"])
+                         for types in (types_of([p]), types_of(arrays)))],
                 lambda: self.opt.add_param_group(group, **more))
             return
         self.attempt(refusals, lambda: self.opt.add_param_group(group, **more), [grads, own])
@@ -760,10 +834,12 @@ class Life:
         """Of the options a value that may be taken or not."""
         if self.chance(0.3):
             return self.wrong_option(name)
+        if name in CHOICES:
+            return self.one_of(*CHOICES[name])
         return self.options()[name]
 
     def set_option(self):
-        name = self.one_of(*NUMBERS, *FLAGS)
+        name = self.one_of(*NUMBERS, *FLAGS, *CHOICES)
         value = self.any_option(name)
         changed = [{**group, name: value} for group in self.groups]
         refusal = self.groups_refusal(changed)
@@ -776,9 +852,10 @@ class Life:
         g = self.random.randrange(len(self.groups))
         if self.chance():
             edit = self.options(clip=self.settings["max_norm"] is None)
-            edit["lr_in_velocity"] = self.groups[g]["lr_in_velocity"]
+            edit["rounding"] = self.one_of(*CHOICES["rounding"])
+            edit |= {name: self.groups[g][name] for name in LASTING}
         else:
-            name = self.one_of(*NUMBERS, *FLAGS)
+            name = self.one_of(*NUMBERS, *FLAGS, *CHOICES)
             edit = {name: self.any_option(name)}
         changed = list(self.groups)
         changed[g] = {**self.groups[g], **edit}
@@ -805,7 +882,7 @@ class Life:
         """Make the groups what no call takes, call, and put them back."""
         opt, groups = self.opt, self.opt.param_groups
         g = self.random.randrange(len(groups))
-        group, name = groups[g], self.one_of(*NUMBERS, *FLAGS)
+        group, name = groups[g], self.one_of(*NUMBERS, *FLAGS, *CHOICES)
         kept = dict(group)
         kind = self.random.randrange(6)
         if kind == 0:
@@ -864,6 +941,11 @@ class Life:
         if name in ("skip_nonfinite", "track_grad_norm"):
             value = self.one_of(True, False, True, False, np.False_, 1, None, "yes")
             refusal = None if isinstance(value, (bool, np.bool_)) else TypeError
+        elif name == "seed":
+            value, refusal = self.one_of(
+                (0, None), (2**63 + 1, None), (np.uint8(3), None), (-1, ValueError),
+                (2**64, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError),
+                (None, TypeError))
         else:
             value = self.one_of(None, 0.5, 0.0, 0.9, self.wrong_option(name))
             if name == "ema_decay" and self.chance(0.3):
@@ -883,7 +965,7 @@ class Life:
 
     def read(self):
         """Properties, and what is said of them."""
-        opt, name = self.opt, self.one_of(*NUMBERS, *FLAGS)
+        opt, name = self.opt, self.one_of(*NUMBERS, *FLAGS, *CHOICES)
         values = [group[name] for group in self.groups]
         if all(value is values[0] or value == values[0] for value in values):
             agree(getattr(opt, name) == values[0], name)
@@ -909,8 +991,11 @@ class Life:
                               else [])):
             for i, a in enumerate(arrays):
                 if isinstance(a, np.ndarray) and self.chance(0.5):
-                    a[...] = self.values(a.shape, a.dtype)
-                    getattr(self.twin, kind)[i] = a.copy()
+                    a[...] = self.values(a.shape, type_name(a))
+                    if kind == "params":
+                        self.twin.set_shown(i)
+                    else:
+                        getattr(self.twin, kind)[i] = a.copy()
 
     def spoil_memory(self):
         """Make an array what a step cannot take, and put it back."""
@@ -956,7 +1041,8 @@ class Life:
         return {
             "state": self.opt.state_dict(), "params": list(twin.params),
             "velocities": list(twin.velocities), "averages": list(twin.averages),
-            "started": list(twin.started), "counts": (twin.count, twin.skipped),
+            "started": list(twin.started), "masters": list(twin.masters),
+            "counts": (twin.count, twin.skipped),
             "groups": [dict(group) for group in self.groups], "settings": dict(self.settings),
             "values": [{name: plain(value) for name, value in group.items()}
                        for group in self.groups],
@@ -978,8 +1064,7 @@ class Life:
                     group[name] = own[name]
                     if not callable(own[name]):
                         refusal = ValueError
-            group["lr_in_velocity"] = own["lr_in_velocity"]
-            groups.append(group)
+            groups.append({**group, **{name: own[name] for name in LASTING}})
         return groups, refusal
 
     def recall(self, path=None, saved=None, with_params=False):
@@ -1009,7 +1094,10 @@ class Life:
             twin.started, (twin.count, twin.skipped) = list(saved["started"]), saved["counts"]
             twin.norm, twin.nonfinite = None, []
             if with_params:
-                twin.params = list(saved["params"])
+                twin.params, twin.before = list(saved["params"]), {}
+            else:
+                for i, master in enumerate(saved["params"]):
+                    twin.take_master(i, master)
         return None
 
     def recall_badly(self):
@@ -1019,7 +1107,7 @@ class Life:
         i = self.random.randrange(len(entries))
         g = self.random.randrange(len(groups))
         entry, group, p = entries[i], groups[g], self.live[i]
-        name = self.one_of(*NUMBERS, *FLAGS)
+        name = self.one_of(*NUMBERS, *FLAGS, *CHOICES)
 
         def without(mapping, key):
             return lambda: mapping.pop(key)
@@ -1031,14 +1119,20 @@ class Life:
         key = self.one_of("version", "step_count", "skipped", "param_groups", "state")
         change, refusal = self.one_of(
             (without(state, key), KeyError), (having(state, "version", self.one_of(
-                0, 4, "3", None, 2.0, True)), ValueError),
+                0, 5, "3", None, 2.0, True)), ValueError),
             (having(state, "step_count", self.one_of(-1, 1.5, True, "1", None)), ValueError),
             (having(state, "skipped", self.one_of(-1, 2**63, False)), ValueError),
             (having(state, "state", [1]), TypeError), (having(state, "param_groups", 3), TypeError),
             (without(entries, i), KeyError), (having(entries, len(entries), entry), ValueError),
             (having(entry, "velocity", wrong), refusal),
             (having(entry, "first_step", self.one_of(1, None)), TypeError),
-            (without(entry, self.one_of(*entry)), KeyError), (having(entry, "m", 1), ValueError),
+            (without(entry, self.one_of(*[key for key in entry if key != "master"])), KeyError),
+            (having(entry, "master", wrong), refusal),
+            (having(entry, "master", rounded(np.zeros(p.shape, np.float32), "float16")),
+             TypeError),
+            (having(group, *self.one_of(("master", "half"), ("rounding", "up"),
+                                        ("velocity_dtype", "int4"))), ValueError),
+            (having(entry, "m", 1), ValueError),
             (without(group, name), KeyError), (having(groups, g, [group]), TypeError),
             (having(group, "params", [0.5]), ValueError), (having(group, "rate", 1), TypeError),
             (having(group, "momentum", 1.5), ValueError), (having(group, "lr", "1"), TypeError),
@@ -1134,6 +1228,10 @@ class Life:
         for group, flip in zip(groups, flips, strict=True):
             if flip and not callable(group["dampening"]) and group["dampening"] == 0:
                 group["lr_in_velocity"] = not group["lr_in_velocity"]
+        if self.chance():
+            for tree, group in zip(trees, groups, strict=True):
+                group |= {name: value for name, value in self.storage(tree).items()
+                          if name in LASTING}
         sources = list(range(len(groups)))
         if self.named:
             trees = [self.shuffled(tree) for tree in trees]
@@ -1143,8 +1241,8 @@ class Life:
             trees, groups, sources = ([part[k] for k in order] for part in (trees, groups, sources))
             if self.chance(0.2):
                 self.n_names += 1
-                dtype = leaves(trees[0])[0].dtype
-                trees[0][f"p{self.n_names}"] = np.array(self.values((5,), dtype))
+                name = type_name(leaves(trees[0])[0])
+                trees[0][f"p{self.n_names}"] = np.array(self.values((5,), name))
         refusal = self.refusal_of_load(saved, trees, groups, sources, names)
         new = optcore.SGD(
             [{"params": tree, **group} for tree, group in zip(trees, groups, strict=True)],
@@ -1169,7 +1267,7 @@ class Life:
             agree(not any(found), "what was not found")
         self.groups = [
             {name: group[name] if callable(saved["groups"][k][name]) else saved["values"][k][name]
-             for name in group} | {"lr_in_velocity": group["lr_in_velocity"]}
+             for name in group} | {name: group[name] for name in LASTING}
             for group, k in zip(groups, sources, strict=True)
         ]
         at = iter(range(len(own_names)))
@@ -1183,19 +1281,21 @@ class Life:
                 if saved["state"]["state"][k]["velocity"] is not None:
                     self.twin.velocities[i] = self.converted(
                         saved["velocities"][k], saved["groups"][old_groups[k]], groups[g],
-                        saved["counts"][0])
+                        saved["counts"][0], type_name(self.twin.velocities[i]))
+                self.twin.take_master(i, saved["params"][k] if saved["masters"][k] else None)
                 self.twin.started[i] = saved["started"][k]
                 if self.settings["ema_decay"] is not None:
                     self.twin.averages[i] = saved["averages"][k]
         self.twin.count, self.twin.skipped = saved["counts"]
 
-    def converted(self, v, old, new, count):
-        """A velocity in the other convention, where that is the new one."""
-        if bool(old["lr_in_velocity"]) == bool(new["lr_in_velocity"]):
-            return v
-        lr = old["lr"](count) if callable(old["lr"]) else float(old["lr"])
-        factor = v.dtype.type(-lr)
-        return np.asarray(v * factor if new["lr_in_velocity"] else v / factor)
+    def converted(self, v, old, new, count, name=None):
+        """A velocity in the other convention, where that is the new one, and in a type."""
+        v = widened(v)
+        if bool(old["lr_in_velocity"]) != bool(new["lr_in_velocity"]):
+            lr = old["lr"](count) if callable(old["lr"]) else float(old["lr"])
+            factor = v.dtype.type(-lr)
+            v = np.asarray(v * factor if new["lr_in_velocity"] else v / factor)
+        return v if name is None else rounded(v, name)
 
     def refusal_of_load(self, saved, trees, groups, sources, names):
         """What the conversion of velocities, or the options together, are refused with."""
@@ -1203,8 +1303,8 @@ class Life:
         for tree, group, k in zip(trees, groups, sources, strict=True):
             old = saved["groups"][k]
             becomes = {**{name: old[name] if callable(old[name]) else saved["values"][k][name]
-                          for name in old}, "lr_in_velocity": group["lr_in_velocity"]}
-            refusal = group_refusal(becomes, {p.dtype for p in leaves(tree)},
+                          for name in old}, **{name: group[name] for name in LASTING}}
+            refusal = group_refusal(becomes, types_of(leaves(tree)),
                                     self.settings["max_norm"])
             if refusal:
                 return refusal
@@ -1214,7 +1314,7 @@ class Life:
             if lr == 0:
                 return ValueError
             for i in range(starts[k], starts[k + 1]):
-                v = saved["velocities"][i]
+                v = widened(saved["velocities"][i])
                 if saved["state"]["state"][i]["velocity"] is None:
                     continue
                 w = self.converted(v, old, group, saved["counts"][0])
@@ -1230,8 +1330,13 @@ class Life:
     def function(self):
         """A step of the functional API over arrays of its own."""
         rule, p = self.one_of(*RULES), self.array()
-        g = self.laid(self.values(p.shape, p.dtype), p, "as p")
-        states = [self.laid(self.values(p.shape, p.dtype), p, "as p") for _ in rule.states]
+        beside = ["float64"] if p.dtype == np.float64 else IN_FLOAT32
+        g, *states = (self.laid(self.values(p.shape, self.one_of(*beside)), p, "as p")
+                      for _ in ("g", *rule.states))
+        how = {}
+        if types_of([p, *states]) & {*FRACTION_BITS}:
+            how = self.one_of({"rounding": "nearest"}, {
+                "rounding": "stochastic", "noise_key": self.random.randrange(2**64)})
         drawn = self.options()
         options = {name: value(0) if callable(value) else value for name, value in drawn.items()}
         options = {name: options[name] for name in OPTIONS}
@@ -1247,20 +1352,21 @@ class Life:
                     grad_scale=self.one_of(1.0, 0.25), first_step=bool(options["dampening"])
                     and self.chance())
         arrays = [p, g, *states]
-        expected = rule.reference(p.copy("K"), g, states, o)
+        expected = rule.reference(p.copy("K"), g, states, o, **how)
         if self.chance(0.2):
-            self.function_badly(rule, arrays, o)
-        if not p.ndim and self.chance(0.3):
+            self.function_badly(rule, arrays, o, how)
+        if not p.ndim and type_name(g) != "bfloat16" and self.chance(0.3):
             arrays[1] = g[()]
-        rule.entry(*arrays, **rule.keywords(o))
+        rule.entry(*arrays, **rule.keywords(o), **how)
         agree(alike(p, expected[0]) and all(map(alike, states, expected[1])), rule.id)
 
-    def function_badly(self, rule, arrays, o):
-        k, keywords, refusal = self.random.randrange(len(arrays)), rule.keywords(o), None
+    def function_badly(self, rule, arrays, o, how):
+        k, refusal = self.random.randrange(len(arrays)), None
+        keywords = {**rule.keywords(o), **how}
         changed, p = list(arrays), arrays[0]
         if p.size and self.chance(0.7):
             changed[k], refusal = self.one_of(
-                (p.astype(np.float16), TypeError), (np.ma.masked_array(p.copy(), True), TypeError),
+                (p.astype(np.uint16), TypeError), (np.ma.masked_array(p.copy(), True), TypeError),
                 (misaligned(p), ValueError), (p.astype(p.dtype.newbyteorder()), TypeError),
                 (p.tolist(), TypeError), (arrays[k - 1], ValueError))
         else:

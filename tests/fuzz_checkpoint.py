@@ -25,6 +25,7 @@ except ImportError:
 with atheris.instrument_imports(include=["optcore.checkpoint", "optcore._state"]):
     import optcore
     from optcore import checkpoint
+    from optcore._state import NEW_SINCE, STATE_VERSION
 
 REFUSALS = (optcore.CheckpointError, OSError, MemoryError)
 SIGNED, WHOLE = b"s", b"w"          # how an input begins; then the place of its optimizer
@@ -35,8 +36,8 @@ def falling(count):
     return 0.5 / (1 + count)
 
 
-def params(dtype):
-    return {name: np.ones(shape, dtype) for name, shape in SHAPES.items()}
+def params(dtype, view=None):
+    return {name: np.ones(shape, dtype).view(view or dtype) for name, shape in SHAPES.items()}
 
 
 BUILD = [
@@ -47,13 +48,24 @@ BUILD = [
     lambda: optcore.SGD(params(np.float64), lr=falling, momentum=0.9, lr_in_velocity=True,
                         ema_decay=falling, skip_nonfinite=True),
     lambda: optcore.SGD(np.ones(300), lr=0.1, weight_decay=0.1, clip_value=1.0),
+    lambda: optcore.SGD(params(np.uint16, optcore.bfloat16), lr=0.1, momentum=0.9,
+                        velocity_dtype="bfloat16", seed=7),
+    lambda: optcore.SGD([{"params": params(np.float16)},
+                         {"params": {"x": np.ones(4, np.uint16).view(optcore.bfloat16)},
+                          "master": "float32"}],
+                        lr=0.1, momentum=0.9, nesterov=True, ema_decay=0.5),
+    lambda: optcore.SGD(params(np.float16), lr=0.1, master=None, rounding="nearest"),
+    lambda: optcore.SGD(params(np.float32), lr=0.1, momentum=0.9, lr_in_velocity=True,
+                        velocity_dtype="bfloat16"),
 ]
+assert ord("0") % len(BUILD) == 0       # so that an input's digit is its optimizer's place
 
 
 def stepped(build):
     opt = build()
     for _ in range(2):
-        grads = [np.full_like(p, 0.25) for group in opt.param_groups for p in group["params"]]
+        grads = [np.full_like(p, 0.25, np.float64 if p.dtype == np.float64 else np.float32)
+                 for group in opt.param_groups for p in group["params"]]
         opt.step(opt._structured(grads))
     return opt
 
@@ -68,7 +80,8 @@ def older(state, version):
     """A state as an earlier version saved it."""
     groups = []
     for group in state["param_groups"]:
-        gone = ["dampen_first", "flush_subnormals", *(["schedules"] if version == 1 else [])]
+        gone = [name for name, since in NEW_SINCE.items() if version < since]
+        gone += ["schedules"] if version == 1 else []
         groups.append({key: value for key, value in group.items() if key not in gone})
     return {**state, "version": version, "param_groups": groups}
 
@@ -83,7 +96,7 @@ def seeds():
             text, tensors = checkpoint.split(state)
             yield SIGNED + place + text.encode()
             yield WHOLE + place + signed(text, tensors)
-        for version in (1, 2):
+        for version in range(1, STATE_VERSION):
             text, tensors = checkpoint.split(older(opt._contents(False), version))
             yield SIGNED + place + text.encode()
             yield WHOLE + place + signed(text, tensors)
@@ -140,8 +153,8 @@ def words():
     found = {json.dumps(key) for key in json.loads(text)}
     for part in (*json.loads(text)["param_groups"], *json.loads(text)["state"].values()):
         found |= {json.dumps(key) for key in part}
-    found |= {"__metadata__", "data_offsets", "dtype", "shape", "F32", "F64", "null", "true", "NaN",
-              "Infinity", "-1", "1e999", "[[[[", "{}"}
+    found |= {"__metadata__", "data_offsets", "dtype", "shape", "F32", "F64", "F16", "BF16", "null",
+              "true", "NaN", "Infinity", "-1", "1e999", "[[[[", "{}", "split", "float32"}
     return "".join('"' + word.replace('"', '\\"') + '"\n' for word in sorted(found))
 
 

@@ -77,13 +77,22 @@ class Rule:
     def has_momentum(self) -> bool:
         return "momentum" in self.scalars
 
-    def reference(self, x, g, states, o):
-        """Return the parameter and the list of states after a step, all new arrays."""
+    def reference(self, x, g, states, o, rounding=None, noise_key=0):
+        """Return the parameter and the list of states after a step, all new arrays.
+
+        Those of half types are widened before it and rounded after it.
+        """
+        names, param = [type_name(a) for a in (x, *states)], x
+        x, g, *states = map(widened, (x, g, *states))
         with np.errstate(all="ignore"):     # the engine does not warn either
             results = self.equation(shrunk(x, o), direction(x, g, o), *states, o)
         x, *states = (np.array(result) for result in results)
         if o.flush_subnormals:
             states = [flushed(state) for state in states]
+        bits = [None] * len(names)
+        if rounding == "stochastic":
+            bits = noise(noise_key, param, len(names))
+        x, *states = (rounded(*each) for each in zip((x, *states), names, bits, strict=True))
         return x, states
 
     @property
@@ -102,9 +111,9 @@ class Rule:
             keywords["first_step"] = o.first_step       # must be said
         return keywords | ({"lr_in_velocity": True} if self.lr_in_velocity else {})
 
-    def step(self, x, g, states, o):
+    def step(self, x, g, states, o, **rounding):
         """Call the functional API as a user would."""
-        self.entry(x, g, *states, **self.keywords(o))
+        self.entry(x, g, *states, **self.keywords(o), **rounding)
 
     def optimizer(self, params, *arguments, base=optcore.SGD, **options):
         """Build the whole-model optimizer, of the class `base`."""
@@ -203,6 +212,114 @@ def averaged(e, x, decay):
     return real(decay) * e + real(1 - decay) * x
 
 
+# Storage: the half types, what is rounded to them, and the noise of stochastic rounding
+
+BFLOAT16 = optcore.bfloat16
+FRACTION_BITS = {"bfloat16": 7, "float16": 10}
+LEAST_EXPONENT = {"bfloat16": -126, "float16": -14}
+GRID = 256
+
+
+def type_name(a):
+    """The name of an array's type, whichever dtype says that it is bfloat16."""
+    return "bfloat16" if a.dtype.metadata == BFLOAT16.metadata else str(a.dtype)
+
+
+def widened(a):
+    """Return an array in its arithmetic type, exactly."""
+    if type_name(a) == "bfloat16":
+        return (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(a.shape)
+    with np.errstate(all="ignore"):
+        return a.astype(np.float32) if a.dtype == np.float16 else a
+
+
+def rounded(x, name, noise=None):
+    """Return float32 numbers in a half type: the nearest, ties to even, or by 16 bits of noise.
+
+    With noise, what lies between two neighbours goes to the upper in magnitude where the noise
+    is at least what is missing there, in units of 2**-16 of their distance.
+    """
+    if name not in FRACTION_BITS:
+        return x
+    with np.errstate(all="ignore"):
+        size = np.abs(x.astype(np.float64))
+    exponent = np.frexp(np.where(np.isfinite(size), size, 1))[1] - 1
+    unit = np.ldexp(1.0, np.maximum(exponent, LEAST_EXPONENT[name]) - FRACTION_BITS[name])
+    with np.errstate(all="ignore"):
+        units = size / unit
+        units = np.rint(units) if noise is None else (np.floor(units * 65536) + noise) // 65536
+        largest = (2 - 2.0 ** -FRACTION_BITS[name]) * 2.0 ** (1 - LEAST_EXPONENT[name])
+        values = units * unit
+        values = np.where(values > largest, np.inf, values)
+        values = np.where(np.isfinite(size), values, size)
+        values = np.copysign(values, x).astype(np.float32)
+        if name == "float16":
+            return values.astype(np.float16)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    bits = np.where(np.isnan(x), np.signbit(x) * 0x8000 + 0x7FC0, bits).astype(np.uint16)
+    return bits.view(BFLOAT16)
+
+
+def split(x):
+    """Return float32 numbers as bfloat16, the nearest, ties away from zero, and their low bits."""
+    bits = x.view(np.uint32)
+    high = np.where(np.isnan(x), (bits >> 16) | 0x40, (bits.astype(np.int64) + 0x8000) >> 16)
+    return high.astype(np.uint16).view(BFLOAT16), np.where(np.isnan(x), 0, bits).astype(np.uint16)
+
+
+def joined(high, low):
+    """Return the float32 of which these are the halves, for those that `split` gives.
+
+    Beside an upper half that was set to another zero or infinity than the lower was split from,
+    nothing is.
+    """
+    high, low = high.view(np.uint16).astype(np.uint32) << 16, low.astype(np.uint32)
+    size = high & 0x7FFFFFFF
+    low = np.where(size == np.where(low >= 0x8000, 0, 0x7F800000), 0, low)
+    carried = (low >= 0x8000) & (size <= 0x7F800000)
+    return np.asarray(high - carried * 0x10000 | low).astype(np.uint32).view(np.float32)
+
+
+def hashed(z):
+    """SplitMix64: the integer after its increment, mixed."""
+    z = (z + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def noise_key(seed, step, index=0):
+    return hashed((hashed((hashed(seed) + step) % 2**64) + index) % 2**64)
+
+
+def noise(key, a, n_arrays):
+    """Return 16 random bits for each element of each of the arrays that are shaped as `a`.
+
+    Two arrays share 32 bits, the parameter and its first state; the next two have another key.
+    """
+    i = np.arange(GRID, dtype=np.uint32)
+    found = []
+    for word in range(-(-n_arrays // 2)):
+        z = np.empty(a.size, np.uint32)
+        for run in range(-(-a.size // GRID)):
+            start = hashed(((2**64 - 1 - key if word else key) + run * 0x9E3779B97F4A7C15) % 2**64)
+            at = np.uint32(start % 2**32) + i * np.uint32(0x9E3779B9)
+            at ^= at >> np.uint32(16)
+            at *= np.uint32(start >> 32 | 1)
+            at ^= at >> np.uint32(15)
+            z[run * GRID :][:GRID] = at[: a.size - run * GRID]
+        z = z.reshape(a.shape, order="F" if a.flags.fnc else "C")
+        found += [z & 0xFFFF, z >> 16]
+    return found[:n_arrays]
+
+
+def master_of(name, master):
+    """The master that a parameter of this type has, where the group's option is this."""
+    if master == "auto":
+        return {"bfloat16": "split", "float16": "float32"}.get(name)
+    return master if name in FRACTION_BITS else None
+
+
 def same_bits(a, b):
     """Whether two arrays hold the same bits, any NaN being as good as any other.
 
@@ -213,4 +330,6 @@ def same_bits(a, b):
         return False
     unsigned = f"u{a.dtype.itemsize}"
     equal = np.ascontiguousarray(a).view(unsigned) == np.ascontiguousarray(b).view(unsigned)
+    if type_name(a) == "bfloat16":
+        a, b = widened(a), widened(b)
     return bool(np.all(equal | (np.isnan(a) & np.isnan(b))))

@@ -28,7 +28,16 @@ def work(seed):
         {"params": draw(), "lr_in_velocity": True, "momentum": 0.5},
         {"params": draw(), "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
     ], lr=0.1)
+    halves = [
+        optcore.SGD([a.astype(np.float16) for a in draw()], lr=0.1, master=master, momentum=0.9,
+                    velocity_dtype="bfloat16", max_norm=1.0, ema_decay=0.9)
+        for master in (None, "float32")
+    ] + [
+        optcore.SGD([a.view(np.uint16)[::2].copy().view(optcore.bfloat16) for a in draw()], lr=0.1)
+    ]
     for _ in range(10):
+        for half in halves:
+            half.step_replicas([draw(), [a.astype(np.float16) for a in draw()]])
         doubles.step({str(n): rng.standard_normal(n) for n in SIZES})
         others.step(draw() + draw())
         opt.accumulate(draw())
@@ -43,7 +52,7 @@ def work(seed):
         optcore.nesterov_step(x, x.copy(), x.copy(), lr=0.1, momentum=0.9)
         optcore.sgd_step(x, x.copy(), lr=0.1, weight_decay=0.1)
     with tempfile.TemporaryDirectory() as folder:
-        for k, saved in enumerate((opt, doubles, others)):
+        for k, saved in enumerate((opt, doubles, others, *halves)):
             saved.save(Path(folder, str(k)), include_params=True)
             saved.restore(Path(folder, str(k)))
 

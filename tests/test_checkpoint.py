@@ -5,9 +5,11 @@ import contextlib
 import copy
 import ctypes
 import errno
+import hashlib
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -24,7 +26,7 @@ import pytest
 
 import optcore
 from optcore import checkpoint
-from reference import RULES, same_bits
+from reference import BFLOAT16, RULES, rounded, same_bits, split, widened
 
 SHAPES = [(), (7,), (0,), (3, 5), (33, 4)]
 
@@ -199,6 +201,160 @@ def test_clipping_is_exchanged_by_a_restore(before, after, tmp_path):
     assert clipping == {before: None, after: 2.0}
 
 
+# Half types
+
+def halved(arrays, name):
+    return [np.array(rounded(a, name), order="F" if a.flags.fnc else "C") for a in arrays]
+
+
+HALF_OPTIONS = [
+    ("bfloat16", {}), ("bfloat16", {"master": "float32"}), ("float16", {}),
+    ("bfloat16", {"master": None, "velocity_dtype": "bfloat16", "seed": 2**64 - 1}),
+    ("float16", {"master": None, "rounding": "nearest"}),
+    ("float32", {"velocity_dtype": BFLOAT16}),
+]
+
+
+@pytest.mark.parametrize("include_params", [False, True])
+@pytest.mark.parametrize(("name", "options"), HALF_OPTIONS)
+def test_half_types_resume_with_the_same_bits(name, options, include_params, rng, tmp_path):
+    """Without ml_dtypes too; arrays in Fortran's order are saved in C's."""
+    params = halved(arrays(rng), name)
+    script = [halved(arrays(rng), each) for each in ["float32", "bfloat16", "float16", name]]
+    opt = optcore.SGD(params, lr=0.1, momentum=0.9, ema_decay=0.5, **options)
+    steps(opt, script[:2])
+    opt.save(tmp_path / "c", include_params=include_params)
+    others = halved(arrays(rng), name) if include_params else [p.copy(order="K") for p in params]
+    resumed = optcore.SGD.load(tmp_path / "c", others)
+    steps(opt, script[2:])
+    steps(resumed, script[2:])
+    assert_same_optimizers(opt, resumed)
+
+
+def ties(name):
+    """float32 numbers around those of a half type and between them."""
+    low = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] if name == "bfloat16" else [
+        0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF]
+    bits = 0x3F800000 + np.arange(0, 0x200000, 0x8000)[:, None] + low
+    return np.asfortranarray(bits.astype(np.uint32).view(np.float32))
+
+
+KINDS = [("float32", "auto"), ("bfloat16", "split"), ("bfloat16", "float32"),
+         ("float16", "float32")]
+
+
+@pytest.mark.parametrize(("name", "master"), KINDS)
+@pytest.mark.parametrize(("other_name", "other_master"), KINDS)
+def test_masters_are_exchanged_exactly(name, master, other_name, other_master, tmp_path):
+    """Every number of float32 goes on as it was, whatever its parameter shows."""
+    exact = ties(other_name)
+    opt = optcore.SGD({"w": rounded(np.zeros_like(exact), name)}, lr=1.0, maximize=True,
+                      momentum=0.5, master=master)
+    opt.step({"w": exact})
+    opt.save(tmp_path / "c", include_params=True)
+    x = np.array(rounded(np.ones_like(exact), other_name), order="F")
+    shown = split(exact)[0] if other_master == "split" else rounded(exact, other_name)
+    other = optcore.SGD.load(tmp_path / "c", {"w": x}, master=other_master)
+    assert same_bits(x, shown)
+    x.view(f"u{x.itemsize}")[...] = 0
+    other.load_state_dict(opt._contents(include_params=True), by_name=True)
+    assert same_bits(x, shown)
+    for _ in range(2):
+        for each in (opt, other):
+            each.step({"w": np.full_like(exact, 2.0**-20)})
+    one, two = (o._contents(include_params=True)["state"][0] for o in (opt, other))
+    assert same_bits(one.get("master", one["param"]), two.get("master", two["param"]))
+
+
+@pytest.mark.parametrize(("saved", "built"), [(None, "bfloat16"), ("bfloat16", None)])
+def test_velocities_change_their_type(saved, built, rng):
+    """To bfloat16 they are rounded to the nearest; and so are those of the other convention."""
+    x, g = (rng.standard_normal((30, 4), np.float32) for _ in range(2))
+    opt = optcore.SGD(x.copy(), lr=0.1, momentum=0.9, velocity_dtype=saved)
+    opt.step(g)
+    v = opt.state_dict()["state"][0]["velocity"]
+    for right in (False, True):
+        other = optcore.SGD(x.copy(order="F"), lr=0.5, momentum=0.9, velocity_dtype=built,
+                            lr_in_velocity=right)
+        other.load_state_dict(opt.state_dict())
+        expected = widened(v) * np.float32(-0.1) if right else widened(v)
+        assert same_bits(other.state_dict()["state"][0]["velocity"],
+                         rounded(expected, built or "float32"))
+
+
+def test_bfloat16_is_known_again_after_pickling():
+    x = rounded(np.ones(3, np.float32), "bfloat16")
+    opt = optcore.SGD(x, lr=0.1, momentum=0.9, velocity_dtype="bfloat16")
+    opt.step(x.copy())
+    for state in (pickle.loads(pickle.dumps(opt.state_dict())), copy.deepcopy(opt.state_dict())):
+        other = optcore.SGD(pickle.loads(pickle.dumps(x)), lr=0.1, momentum=0.9,
+                            velocity_dtype="bfloat16")
+        other.load_state_dict(state)
+        assert_same_optimizers(opt, other)
+        other.step(pickle.loads(pickle.dumps(x))[::-1])
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    """As they were written: with the hash that they had, and without half types' options."""
+    opt = optcore.SGD({"w": np.arange(3, dtype=np.float32)}, lr=0.1, momentum=0.9)
+    opt.step({"w": np.ones(3, np.float32)})
+    text, tensors = checkpoint.split(opt._contents(include_params=True))
+    state = json.loads(text)
+    state["version"] = 3
+    del state["options"]["seed"]
+    for key in ("master", "rounding", "velocity_dtype"):
+        del state["param_groups"][0][key]
+    text = json.dumps(state)
+    found = hashlib.sha256(text.encode())
+    for name, a in sorted(tensors.items()):
+        found.update(f"\0{name}\0float32\0(3,)\0".encode() + a.tobytes())
+    header = {"__metadata__": {"format": "optcore", "format_version": "1", "optimizer": text,
+                               "sha256": found.hexdigest()}}
+    for k, name in enumerate(tensors):
+        header[name] = {"dtype": "F32", "shape": [3], "data_offsets": [12 * k, 12 * k + 12]}
+    (tmp_path / "c").write_bytes(whole(header, b"".join(a.tobytes() for a in tensors.values())))
+    for x in (np.zeros(3, np.float32), rounded(np.zeros(3, np.float32), "bfloat16")):
+        other = optcore.SGD.load(tmp_path / "c", {"w": x})
+        entry = other._contents(include_params=True)["state"][0]
+        assert same_bits(entry.get("master", entry["param"]), opt.param_groups[0]["params"][0])
+        assert (other.seed, other.step_count) == (0, 1)
+
+
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("bfloat16", {"master": np.ones(3)}, "'master'] has dtype float64; its parameter has bfloat16"),
+    ("bfloat16", {"master": np.ones(3, np.float16)}, "'master'] must have dtype float32, got"),
+    ("bfloat16", {"master": np.ones(4, np.float32)}, "'master'] has shape (4,)"),
+    ("bfloat16", {"velocity": np.ones(3, np.uint16)}, "dtype uint16; its parameter has bfloat16: "
+     "a.view(optcore.bfloat16) declares it"),
+    ("bfloat16", {"ema": np.ones(3)}, "a.astype(np.float32) can be stepped with it"),
+    ("float16", {"param": np.ones(3, np.float32), "master": None}, None),
+    ("float16 alone", {"param": np.ones(3, np.float32)}, "has dtype float32; its parameter has "
+     "float16 and no master, so that it would be rounded: build the optimizer with master='auto'"),
+    ("bfloat16 alone", {"param": np.ones(3, np.float16)}, "has dtype float16; its parameter has "
+     "bfloat16 and no master"),
+])
+def test_half_types_that_do_not_fit_are_refused(name, change, words):
+    name, _, alone = name.partition(" ")
+    x = rounded(np.zeros(3, np.float32), name)
+    opt = optcore.SGD(x, lr=0.1, momentum=0.9, ema_decay=0.5, master=None if alone else "auto")
+    opt.step(np.ones(3, np.float32))
+    before = opt._contents(include_params=True)
+    state = copy.deepcopy(before)
+    state["state"][0].update(change)
+    if words is None:
+        opt.load_state_dict(state)
+        assert same_bits(opt.state_dict()["state"][0]["master"], change["param"])
+        return
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        opt.load_state_dict(state)
+    for key, value in [("master", "half"), ("rounding", "up"), ("velocity_dtype", 8)]:
+        state = copy.deepcopy(before)
+        state["param_groups"][0][key] = value
+        with pytest.raises((TypeError, ValueError), match=rf"\['{key}'\] must be .* {value!r}"):
+            opt.load_state_dict(state)
+    assert equal(opt._contents(include_params=True), before)
+
+
 # Refusals
 
 def small(tmp_path):
@@ -268,7 +424,7 @@ def whole(header, data=b""):
 def foreign(path):
     """Yield what a path may hold that is no checkpoint, with words of the complaint."""
     def model(metadata):
-        weight = {"weight": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}
+        weight = {"weight": {"dtype": "I16", "shape": [3], "data_offsets": [0, 6]}}
         path.write_bytes(whole(metadata | weight, bytes(6)))
 
     def said(**metadata):
@@ -283,7 +439,7 @@ def foreign(path):
     yield said(format="pt"), "no optcore checkpoint"
     yield said(format="optcore"), "format version None"
     yield said(format="optcore", format_version="2"), "format version '2'"
-    yield said(format="optcore", format_version="1"), "not a whole safetensors file: BF16"
+    yield said(format="optcore", format_version="1"), "not a whole safetensors file: I16"
 
 
 def test_foreign_files_are_refused(tmp_path):

@@ -19,7 +19,7 @@ from conftest import CXX, EXAMPLES, HAS_CXX
 
 import optcore
 from optcore import kernels
-from reference import RULES, RULES_BY_ID, Options, same_bits
+from reference import RULES, RULES_BY_ID, Options, rounded, same_bits, widened
 from test_bits import all_options, by_dtype, by_rule, draw_tiny
 
 HEADER = Path(optcore.get_include(), "optcore.h")
@@ -75,7 +75,8 @@ def numba_steps():
         code = f"lambda {', '.join(names)}, o: function({pointers}, a0.size, o.ctypes)"
         return numba.njit(nogil=True)(eval(code, {"function": function}))
 
-    return {name: compiled(function) for name, function in kernels.functions().items()}
+    return {name: compiled(function) for name, function in kernels.functions().items()
+            if name != "optcore_step"}
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,85 @@ def test_same_bits_as_the_python_api(call, rule, dtype, rng, cases):
             cases(all(map(same_bits, (x, g, *states), expected)), options)
 
 
+@pytest.fixture
+def step_stored(request, embedding):
+    """The generic entry, on what `make_arrays` and `make_options` returned."""
+    function = kernels.functions()["optcore_step"]
+    if embedding == "numba":
+        numba = pytest.importorskip("numba", reason="numba is missing")
+        return numba.njit(nogil=True)(
+            lambda rule, arrays, n, options: function(rule, arrays.ctypes, n, options.ctypes))
+    if embedding != "ctypes":
+        request.getfixturevalue("probes")
+        function = importlib.import_module(f"probe_{embedding}").step_stored
+    return lambda rule, arrays, n, options: function(
+        rule, arrays.ctypes.data, n, options.ctypes.data)
+
+
+by_generic_entry = pytest.mark.parametrize("embedding", ["c", CPP, "cython", "ctypes", "numba"])
+
+
+@by_rule
+@by_generic_entry
+def test_any_storage(step_stored, rule, rng, cases):
+    """In two parts, whose noise is that of the whole."""
+    for param, grad, state in [
+        ("bfloat16", "bfloat16", "float32"), ("float32", "float16", "bfloat16"),
+        ("float16", "float32", "float16"), ("float32",) * 3,
+    ]:
+        for o in all_options(rule):
+            names = [param, grad, *[state] * len(rule.states)]
+            x, g, *states = (rounded(rng.standard_normal(700).astype(np.float32), name)
+                             for name in names)
+            new_x, new_states = rule.reference(x, g, states, o, "stochastic", 99)
+            for part in (slice(0, 512), slice(512, 700)):
+                arrays = [a[part] for a in (x, g, *states)]
+                options = options_array(rule, o)
+                options["stochastic"], options["noise_key"] = True, 99
+                options["first_element"] = part.start
+                step_stored(number_of(rule), kernels.make_arrays(*arrays), arrays[0].size, options)
+            cases(all(map(same_bits, (x, *states), (new_x, *new_states))), (names, o))
+
+
+@by_generic_entry
+@pytest.mark.parametrize(("name", "rest"), [
+    ("bfloat16", np.uint16), ("bfloat16", np.float32), ("float16", np.float32)])
+def test_masters(step_stored, name, rest, rng):
+    x = rounded(rng.standard_normal(700).astype(np.float32), name)
+    plain, rest = widened(x).copy(), np.zeros(700, rest)
+    options = kernels.make_options(lr=0.001)
+    for _ in range(20):
+        g = rng.standard_normal(700).astype(np.float32)
+        step_stored(0, kernels.make_arrays(x, g, rest=rest), 700, options)
+        optcore.sgd_step(plain, g, lr=0.001)
+    low = rest.astype(np.int64) if rest.dtype == np.uint16 else None
+    if low is None:
+        assert same_bits(rest, plain)
+        assert same_bits(x, rounded(plain, name))
+    else:
+        high = x.view(np.uint16).astype(np.int64) - (low >= 0x8000)
+        assert same_bits((high << 16 | low).astype(np.uint32).view(np.float32), plain)
+
+
+def test_make_arrays_refuses_other_types():
+    x, half = np.zeros(3, np.float32), np.zeros(3, np.float16)
+    with pytest.raises(TypeError, match="bfloat16 or float16, got int64"):
+        kernels.make_arrays(x, np.zeros(3, np.int64))
+    for param, grad in [(x.astype(float), half), (half, x.astype(float))]:
+        with pytest.raises(TypeError, match="arrays must all be float64 or none, got float"):
+            kernels.make_arrays(param, grad)
+    for param, rest in [(half, np.zeros(3, np.uint16)), (x, x)]:
+        with pytest.raises(TypeError, match="rest must be uint16 beside bfloat16, or float32"):
+            kernels.make_arrays(param, half, rest=rest)
+
+
 def test_every_rule_has_its_functions():
     names = {f"optcore_{rule.name}_{kind}" for rule in RULES for kind in ("f32", "f64")}
+    names.add("optcore_step")
     assert set(kernels.addresses()) == names == set(kernels.functions())
     assert list(dict.fromkeys(rule.name for rule in RULES)) == RULE_NAMES
+    assert list(kernels.RULES) == RULE_NAMES
+    assert list(kernels.RULES.values()) == list(range(len(RULE_NAMES)))
 
 
 @pytest.mark.parametrize("embedding", ["c", CPP, "cython"])
@@ -127,7 +203,7 @@ def test_defaults(probes, embedding):
     defaults = kernels.make_options()[0]
     assert filled[0].item() == defaults.item()      # but for the padding
     assert [float(defaults[name]) for name in kernels.options_dtype.names] == (
-        [kernels.options_dtype.itemsize, 0, 0, 0, 0, 1, np.inf, 0, 0, 0, 0, 0]
+        [kernels.options_dtype.itemsize, 0, 0, 0, 0, 1, np.inf, *[0] * 8]
     )
 
 
@@ -177,9 +253,9 @@ def test_one_table_for_several_files(probes):
     ("module", "message"),
     [
         ("other_abi", r"compiled for optcore's ABI 3 .* installed optcore \S+ has ABI 2 "),
-        ("other_options", r"ABI 2 \(options of 88 bytes.* has ABI 2 \(80, "),
-        ("other_table", r"ABI 2 \(options of 80 bytes, table of 72, .* \(80, 64, .* build it"),
-        ("other_rules", r"ABI 2 .* \d rules\); .* has ABI 2 \(80, 64, \d\): build it again"),
+        ("other_options", r"ABI 2 \(options of 112 bytes.* has ABI 2 \(104, "),
+        ("other_table", r"ABI 2 \(options of 104 bytes, table of 80, .* \(104, 72, .* build it"),
+        ("other_rules", r"ABI 2 .* \d rules\); .* has ABI 2 \(104, 72, \d\): build it again"),
         ("other_cython", r"does not export expected C variable optcore_abi_3"),
     ],
 )
@@ -245,7 +321,7 @@ def test_a_changed_layout_has_a_new_number():
 
     What is appended to the end of one keeps the number, but is recorded too.
     """
-    layouts = {1: "ff9ec8cf42b1e8bd", 2: "e5ebe8245941e049"}
+    layouts = {1: "ff9ec8cf42b1e8bd", 2: "bed34ab105c51245"}
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
     structs = " ".join(re.findall(r"typedef struct.*?} \w+;", text, flags=re.DOTALL))
     digest = hashlib.sha256(" ".join(structs.split()).encode()).hexdigest()[:16]
@@ -257,8 +333,9 @@ def test_a_changed_layout_has_a_new_number():
 
 def test_options_dtype_is_the_struct():
     struct = re.search(r"typedef struct optcore_options {(.*?)}", HEADER.read_text(), re.DOTALL)
-    fields = re.findall(r"(size_t|double|int) (\w+);", struct.group(1))
-    c_types = {"size_t": ctypes.c_size_t, "double": ctypes.c_double, "int": ctypes.c_int}
+    fields = re.findall(r"(size_t|double|int|uint64_t) (\w+);", struct.group(1))
+    c_types = {"size_t": ctypes.c_size_t, "double": ctypes.c_double, "int": ctypes.c_int,
+               "uint64_t": ctypes.c_uint64}
 
     class Struct(ctypes.Structure):
         _fields_ = [(name, c_types[kind]) for kind, name in fields]

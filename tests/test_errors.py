@@ -44,8 +44,9 @@ ANY = [
     ("list", lambda a: a.tolist(), TypeError, "must be a NumPy array, got list"),
     ("none", lambda a: None, TypeError, "must be a NumPy array, got NoneType"),
     ("scalar", lambda a: a[0, 0], TypeError, "must be a NumPy array, got float32"),
-    ("int", lambda a: a.astype(np.int32), TypeError, "float32 or float64, got int32"),
-    ("half", lambda a: a.astype(np.float16), TypeError, "float32 or float64, got float16"),
+    ("int", lambda a: a.astype(np.int32), TypeError, "bfloat16 or float16, got int32"),
+    ("bits", lambda a: a.astype(np.uint16), TypeError,
+     "got uint16: a.view(optcore.bfloat16) declares it as the bits of bfloat16"),
     ("complex", lambda a: a.astype(np.complex64), TypeError, "got complex64"),
     ("object", lambda a: a.astype(object), TypeError, "got object"),
     ("swapped", lambda a: a.astype(a.dtype.newbyteorder()), TypeError, "native byte order"),
@@ -57,8 +58,9 @@ ANY = [
 # for a gradient or a velocity, against its parameter
 AGAINST = {
     **{row: f"has dtype {dtype}; its parameter has float32: g.astype(p.dtype) has it"
-       for row, dtype in [("int", "int32"), ("half", "float16"), ("complex", "complex64"),
-                          ("object", "object"), ("swapped", ">f4")]},
+       for row, dtype in [("int", "int32"), ("complex", "complex64"), ("object", "object"),
+                          ("swapped", ">f4")]},
+    "bits": "has dtype uint16; its parameter has float32: g.view(optcore.bfloat16) declares it as",
     "strided": "is strided by (48, 8); its parameter is C-contiguous: np.ascontiguousarray",
     "reversed": "is strided by (-24, 4); its parameter is C-contiguous: np.ascontiguousarray",
 }

@@ -13,7 +13,7 @@ import pytest
 from test_errors import good
 
 import optcore
-from reference import same_bits
+from reference import rounded, same_bits, widened
 
 N = 24
 
@@ -236,10 +236,10 @@ BAD = [
     ("breaks", lambda: Breaker(good()), TypeError, "Breaker: the cable is loose"),
     ("class", lambda: Lender, TypeError, "must be a NumPy array, got type"),
     ("str", lambda: "abc", TypeError, "must be a NumPy array, got str"),
-    ("bytes", lambda: b"abcd", TypeError, "must have dtype float32 or float64, got "),
-    ("int", lambda: array.array("i", [1] * N), TypeError, "float32 or float64, got int32"),
+    ("bytes", lambda: b"abcd", TypeError, "bfloat16 or float16, got uint8"),
+    ("int", lambda: array.array("i", [1] * N), TypeError, "bfloat16 or float16, got int32"),
     ("integers", lambda: Lender(np.ones(SHAPE, np.int64)), TypeError, "got int64"),
-    ("half", lambda: Lender(good().astype(np.float16)), TypeError, "got float16"),
+    ("bits", lambda: Lender(good().astype(np.uint16)), TypeError, "view(optcore.bfloat16)"),
     ("complex", lambda: Lender(good().astype(np.complex64)), TypeError, "got complex64"),
     ("reversed", lambda: Lender(good()[::-1]), ValueError, "must be contiguous"),
     ("strided", lambda: memoryview(as_array(np.ones(2 * N)))[::2], ValueError, "contiguous"),
@@ -250,7 +250,7 @@ BAD = [
 # A gradient is told what its parameter has; one that only lies otherwise is taken.
 AS_GRADIENT = {
     "bytes": "has dtype uint8; its parameter", "int": "has dtype int32; its parameter",
-    "integers": "has dtype int64; its", "half": "has dtype float16; its",
+    "integers": "has dtype int64; its", "bits": "has dtype uint16; its",
     "complex": "has dtype complex64; its", "swapped": "has dtype >f4; its",
 }
 TAKEN = ("reversed", "strided")
@@ -326,9 +326,24 @@ def test_tensors_that_cannot_be_viewed():
     for bad, words in [
         (torch.ones(4, 6).to_sparse(), "[Ss]parse"),
         (torch.ones(4, 6, device="meta"), "meta"),
-        (torch.ones(4, 6).bfloat16(), "BFloat16"),
+        (torch.ones(4, 6).to(torch.float8_e5m2), "Float8"),
         (torch.ones(4, 6, dtype=torch.complex64), "complex64"),
-        (torch.ones(4, 6).half(), "float16"),
+        (torch.ones(4, 6, dtype=torch.int16), "int16"),
     ]:
         with pytest.raises(TypeError, match=rf"grad (must|has) .*{words}"):
             optcore.sgd_step(good(), bad, lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("lend", [lambda tensor: tensor, pytest.param(Lender, marks=new_numpy)],
+                         ids=["tensor", "dlpack"])
+def test_half_types(name, lend):
+    torch = pytest.importorskip("torch")
+    tensor = torch.linspace(-1, 1, N).to(getattr(torch, name))
+    x = rounded(tensor.float().numpy(), name)
+    g = rounded(np.linspace(3, 5, N, dtype=np.float32), name)
+    for param in (x, lend(tensor)):
+        opt = optcore.SGD([param], lr=0.1, momentum=0.9, master=None)
+        for _ in range(3):
+            opt.step([lend(torch.from_numpy(widened(g).copy()).to(tensor.dtype))])
+    assert same_bits(tensor.float().numpy(), widened(x))

@@ -29,7 +29,7 @@ import pytest
 
 import optcore
 from mpiexec import find_mpiexec, run_ranks
-from reference import RULES, same_bits
+from reference import RULES, rounded, same_bits
 
 RANKS = [1, 2, 3, 4]
 SHAPES = [(33, 5), (), (7,), (0,), (300, 3)]
@@ -149,6 +149,117 @@ def same_bits_as_one_process(comm):
                 assert (a[key] is None) == (b[key] is None)
                 assert a[key] is None or same_bits(a[key], b[key])
         assert state == other
+
+
+def halves(name, seed=0):
+    """Parameters of a type, also in Fortran order, most of which shards cut."""
+    rng = np.random.default_rng(seed)
+    shapes = [(33, 5), (), (0,), (300, 3), (2500,), (40, 50)]
+    params = [np.array(rounded(np.float32(rng.standard_normal(shape)), name)) for shape in shapes]
+    return [*params[:-1], params[-1].copy(order="F")]
+
+
+def half_gradients(step, rank):
+    """Of several types; sums of them are exact."""
+    rng = np.random.default_rng((step, rank))
+    return [np.array(rounded(rng.integers(-64, 65, p.shape).astype(np.float32) / 64,
+                    ["float32", "bfloat16", "float16"][(step + rank + i) % 3]))
+            for i, p in enumerate(halves("float32"))]
+
+
+HALF_OPTIONS = [
+    ("bfloat16", {"dampening": 0.25}), ("float16", {"velocity_dtype": "bfloat16"}),
+    ("bfloat16", {"master": None, "velocity_dtype": "bfloat16", "seed": 7, "max_norm": 0.5}),
+    ("float16", {"master": None, "nesterov": True, "weight_decay": 0.1}),
+    ("float32", {"velocity_dtype": "bfloat16"}),
+]
+
+
+def half_optimizer(base, params, *comm, **options):
+    return base(named(params), *comm, **{"lr": 0.1, "momentum": 0.9, "ema_decay": 0.75,
+                                         "skip_nonfinite": True, **options})
+
+
+def assert_same_states(opt, one):
+    state, other = opt.state_dict(), one.state_dict()
+    for a, b in zip(state.pop("state").values(), other.pop("state").values(), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert same_bits(value, b[key]), key
+    assert state == other
+
+
+@scenario
+def half_types_have_the_bits_of_one_process(comm):
+    """Every master, rounding and velocity: noise is that of the whole parameter."""
+    if comm.size not in (2, 3):     # one sends nothing, three cut as four do
+        return
+    for cls, (name, options) in itertools.product(classes(), HALF_OPTIONS):
+        ours, theirs = halves(name, seed=comm.rank), halves(name)
+        opt = half_optimizer(cls, ours, comm, **options)
+        one = half_optimizer(optcore.SGD, theirs, **options)
+        for k in range(3):
+            sets = [half_gradients(k, rank) for rank in range(comm.size)]
+            if k == 1:
+                sets[-1][5][0, 0] = 0x7FC0 if sets[-1][5].dtype == np.uint16 else np.nan
+            assert one.step_replicas([named(g) for g in copy.deepcopy(sets)]) is (k != 1)
+            mine = sets[comm.rank]
+            assert opt.step(named(mine), zero_grad=True) is (k != 1)
+            assert not any(g.any() for g in mine)
+            assert_same(ours, theirs)
+        assert_same(opt.ema.values(), one.ema.values())
+        assert_same_states(opt, one)
+
+
+@scenario
+def half_types_are_saved_and_loaded(comm):
+    """Between the classes, and from float32 and back, whatever is kept of a parameter."""
+    folder = Path(comm.bcast(os.environ["OPTCORE_TEST_FOLDER"]))
+    plain = optcore.SGD
+
+    def grads(k):
+        return named(half_gradients(k, 0))
+
+    def build(base, params, **options):
+        return half_optimizer(base, params, *([] if base is plain else [comm]), **options)
+
+    if comm.size != 3:
+        return
+    for cls, (name, options) in itertools.product(classes(), HALF_OPTIONS[1:3]):
+        path = folder / "half"
+        for saver, loader in [(cls, plain), (plain, cls)]:
+            opt = build(saver, halves(name), **options)
+            for k in range(2):
+                opt.step(grads(k))
+            comm.Barrier()
+            if saver is not plain or comm.rank == 0:
+                opt.save(path, include_params=True)
+            comm.Barrier()
+            ours = named(halves(name, seed=1))
+            again = loader.load(path, ours, **({} if loader is plain else {"comm": comm}))
+            assert_same_states(again, opt)
+            loaded = build(loader, copies(opt._whole_params), **options)
+            loaded.load_state_dict(opt.state_dict())
+            assert_same_states(loaded, opt)
+            again.step(grads(2))
+            opt.step(grads(2))
+            assert_same(ours.values(), opt._whole_params)
+    for cls, (name, master) in itertools.product(
+        classes(), [("bfloat16", "split"), ("bfloat16", "float32"), ("float16", "float32")]
+    ):
+        wide = half_optimizer(plain, halves("float32"))
+        wide.step(grads(0))
+        ours = halves(name, seed=1)
+        opt = half_optimizer(cls, ours, comm, master=master)
+        opt.load_state_dict(wide._contents(True))
+        assert_ranks_agree(comm, ours)
+        state = opt._contents(True)
+        for entry, p in zip(state["state"].values(), wide.param_groups[0]["params"], strict=True):
+            assert same_bits(entry["master"], p)
+        other = [np.zeros_like(p) for p in halves("float32")]
+        back = half_optimizer(plain, other)
+        back.load_state_dict(state)
+        assert_same(other, wide.param_groups[0]["params"])
 
 
 @scenario
@@ -274,6 +385,12 @@ def velocities_of_the_callers(comm):
     from optcore.mpi import DataParallelSGD, ShardedSGD
 
     options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    halved = halves("bfloat16", seed=comm.rank)
+    half = half_optimizer(DataParallelSGD, halves("float32"), comm, velocities=named(halved),
+                          velocity_dtype="bfloat16")
+    assert_same(halved, halves("bfloat16"))
+    half.step(named(half_gradients(0, comm.rank)))
+    assert_ranks_agree(comm, halved)
     velocities = model(seed=comm.rank + 7)
     velocities[0][...] = comm.rank          # started on others than rank 0 only,
     velocities[4][...] = comm.rank == 0     # and here on rank 0 only
@@ -455,6 +572,12 @@ def more_elements_than_one_call_takes(comm):
     """The same bits in many calls as in one, from building to loading."""
     from optcore import mpi
 
+    def made(seed):
+        return [*model(seed=seed), halves("bfloat16", seed=seed)[0]]
+
+    def given(k, exact=True):
+        return [*gradients(k, comm.rank, exact=exact), half_gradients(k, comm.rank)[0]]
+
     whole = mpi.MAX_COUNT
     folder = Path(comm.bcast(os.environ["OPTCORE_TEST_FOLDER"]))
     options = {"lr": 0.1, "momentum": 0.9, "max_norm": 0.5, "ema_decay": 0.75}
@@ -465,21 +588,20 @@ def more_elements_than_one_call_takes(comm):
             mpi.MAX_COUNT = limit
             try:
                 link = comm if limit == whole else with_small_counts(comm, limit)
-                params = model(seed=comm.rank)
+                params = made(comm.rank)
                 opt = cls(params, link, **options)
                 for k in range(3):
                     # sums of three and more that round may depend on their order, which MPI chooses
-                    opt.step(gradients(k, comm.rank, exact=comm.size > 2))
+                    opt.step(given(k, exact=comm.size > 2))
                 if comm.size > 1:
                     opt.param_groups[0]["lr"] = 0.2 if comm.rank == 1 else 0.1
-                    assert_all_raise(comm, ValueError, "lr=0.2 on rank 1", opt.step,
-                                     gradients(3, comm.rank))
+                    assert_all_raise(comm, ValueError, "lr=0.2 on rank 1", opt.step, given(3))
                     opt.param_groups[0]["lr"] = 0.1
                 arrays = [*params, *opt.ema,
                           *(entry["velocity"] for entry in opt.state_dict()["state"].values())]
                 if importlib.util.find_spec("safetensors"):
                     opt.save(path, include_params=True)
-                    loaded = model(seed=5)
+                    loaded = made(5)
                     again = cls.load(path, loaded, comm=link)
                     assert again.step_count == 3
                     arrays += [*loaded, *again.ema]
@@ -579,6 +701,9 @@ def builds_that_differ_raise_on_all(comm):
     cases = [
         ({"w": np.ones((4, 4), np.float32)}, {}, ValueError, "params[0] ('w') of float32 (4, 4)"),
         ({"w": np.ones((3, 4))}, {}, ValueError, "params[0] ('w') of float64"),
+        ({"w": rounded(x, "bfloat16")}, {}, ValueError, "params[0] ('w') of bfloat16"),
+        ({"w": x.copy()}, {"velocity_dtype": "bfloat16"}, ValueError, "velocity_dtype='bfloat16'"),
+        ({"w": x.copy()}, {"seed": 1}, ValueError, "seed=1"),
         ({"w": np.asfortranarray(x)}, {}, ValueError, "Fortran order"),
         ({"v": x.copy()}, {}, ValueError, "params[0] ('v')"),
         ({"w": x.copy(), "b": x.copy()}, {}, ValueError, "params[1] ('b')"),
@@ -641,7 +766,11 @@ def memory_is_shared_out(comm):
         sizes[cls.__name__] = comm.allgather(opt.state_nbytes)
     assert sizes["DataParallelSGD"] == [whole] * comm.size
     assert sum(sizes["ShardedSGD"]) == whole
-    assert max(sizes["ShardedSGD"]) <= whole / comm.size + 2 * 64
+    assert max(sizes["ShardedSGD"]) <= whole / comm.size + 2 * 4 * 256
+    for master, kept in [("split", 2), ("float32", 4), (None, 0)]:
+        half = rounded(x, "bfloat16")
+        opt = classes()[1](half, comm, lr=0.1, momentum=0.9, master=master)
+        assert sum(comm.allgather(opt.state_nbytes)) == x.size * (4 + kept)
 
 
 @scenario

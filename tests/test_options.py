@@ -16,6 +16,7 @@ import pytest
 import optcore
 from optcore import checkpoint, kernels
 from optcore.options import (
+    CHOICES,
     GROUP_OPTIONS,
     KERNEL_OPTIONS,
     OPTIMIZER_OPTIONS,
@@ -35,13 +36,14 @@ FUNCTIONS = {
     "sgd": optcore.sgd_step, "momentum": optcore.momentum_step, "nesterov": optcore.nesterov_step,
 }
 FLAGS = [name for name, row in OPTIONS.items() if row.default is False]
-NUMBERS = [name for name in OPTIONS if name not in FLAGS]
+INTEGERS = [name for name, row in OPTIONS.items() if row.range == OPTIONS["seed"].range]
+NUMBERS = [name for name in OPTIONS if name not in (*FLAGS, *INTEGERS, *CHOICES)]
 OPTIONAL = [name for name in NUMBERS if OPTIONS[name].default is None and name != "lr"]
 SCHEDULED = [name for name in NUMBERS if name in GROUP_OPTIONS]
 FRACTIONS = [name for name in NUMBERS
              if OPTIONS[name].range in (OPTIONS["momentum"].range, OPTIONS["dampening"].range)]
 # SGD gives these by itself, from the step it takes
-NOT_OF_SGD = ["grad_scale", "first_step"]
+NOT_OF_SGD = ["grad_scale", "first_step", "noise_key", "first_element", "stochastic"]
 
 
 def same_value(a, b):
@@ -86,7 +88,8 @@ def test_c_fields(file, pattern, flag_type):
     assert folder == PACKAGE
     found = fields(re.search(pattern, (folder / file).read_text(), re.DOTALL)[1])
     assert [(kind, name) for kind, name, _ in found] == [
-        (flag_type if name in FLAGS else "double", name) for name in KERNEL_OPTIONS
+        (flag_type if name in FLAGS else "uint64_t" if name in INTEGERS else "double", name)
+        for name in KERNEL_OPTIONS
     ]
     for _, name, comment in found:
         default = 0.0 if name == "lr" else OPTIONS[name].default
@@ -98,7 +101,8 @@ def test_the_struct_of_numpy_and_its_defaults():
     dtype, made = kernels.options_dtype, kernels.make_options()[0]
     assert dtype.names == ("size", *KERNEL_OPTIONS)
     for name, row in KERNEL_OPTIONS.items():
-        assert dtype.fields[name] == (np.dtype(np.intc if name in FLAGS else np.double), row.offset)
+        kind = np.intc if name in FLAGS else np.uint64 if name in INTEGERS else np.double
+        assert dtype.fields[name] == (np.dtype(kind), row.offset)
         default = 0 if name == "lr" else row.default
         assert made[name] == (np.inf if default is None else default)
     assert made["size"] == dtype.itemsize
@@ -107,7 +111,7 @@ def test_the_struct_of_numpy_and_its_defaults():
 @pytest.mark.parametrize("name", [*OPTIONS, "size", "learning_rate"])
 def test_make_options_takes_the_kernels_options(name):
     if name in KERNEL_OPTIONS:
-        value = True if name in FLAGS else 0.25
+        value = True if name in FLAGS else 3 if name in INTEGERS else 0.25
         assert kernels.make_options(**{name: value})[0][name] == value
     else:
         with pytest.raises(TypeError, match=f"{', '.join(KERNEL_OPTIONS)}.*got '{name}'"):
@@ -116,7 +120,8 @@ def test_make_options_takes_the_kernels_options(name):
 
 def python_signatures():
     yield "SGD", optcore.SGD.__init__, optcore.SGD, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS]
-    own = ["lr", "weight_decay", "decoupled_weight_decay", "maximize", "grad_scale", "clip_value"]
+    own = ["lr", "weight_decay", "decoupled_weight_decay", "maximize", "grad_scale", "clip_value",
+           "rounding", "noise_key"]
     yield "sgd_step", optcore.sgd_step, optcore.sgd_step, own
     own = [*own, "momentum", "lr_in_velocity", "flush_subnormals"]
     yield "nesterov_step", optcore.nesterov_step, optcore.nesterov_step, own
@@ -126,18 +131,18 @@ def python_signatures():
 
 
 def default_of(name):
-    """Return the default in Python, where not every flag has one."""
-    return None if name == "first_step" else OPTIONS[name].default
+    """Return the default in a function, where some must be said."""
+    return None if name in ("first_step", "rounding", "noise_key") else OPTIONS[name].default
 
 
-def check_signature(function, expected):
+def check_signature(function, expected, of=default_of):
     """Compare the options that a function takes, and their defaults, with the table's."""
     parameters = inspect.signature(function).parameters
     taken = {name: parameter.default for name, parameter in parameters.items() if name in OPTIONS}
     assert sorted(taken) == sorted(expected)
     for name, default in taken.items():
         if default is not inspect.Parameter.empty:
-            assert same_value(default, default_of(name)), name
+            assert same_value(default, of(name)), name
     return {name for name in taken if taken[name] is inspect.Parameter.empty}
 
 
@@ -146,7 +151,9 @@ SIGNATURES = [pytest.param(*row[1:], id=row[0]) for row in python_signatures()]
 
 @pytest.mark.parametrize(("function", "documented", "options"), SIGNATURES)
 def test_signatures(function, documented, options):
-    required = check_signature(function, options)
+    required = check_signature(
+        function, options, default_of if function in FUNCTIONS.values() else
+        lambda name: OPTIONS[name].default)
     # nothing to fall back on; SGD's lr may stand in every group instead
     assert required == ({"lr", "momentum"} & set(options) if function in FUNCTIONS.values()
                         else set())
@@ -166,7 +173,8 @@ def test_signature_of_the_torch_adapter():
         p for name, p in signature.parameters.items() if name != "lr"
     ])
     assert signature.parameters["lr"].default == 1e-3
-    assert not check_signature(without_lr, [name for name in options if name != "lr"])
+    assert not check_signature(without_lr, [name for name in options if name != "lr"],
+                               lambda name: OPTIONS[name].default)
     assert documented_options(SGD).keys() == set(options)
 
 
@@ -188,7 +196,7 @@ def test_docstrings(function, documented, options):
     assert sorted(found) == sorted(options)
     parameters = inspect.signature(function).parameters
     for name, text in found.items():
-        stated = re.search(r"default (\w+)$", text)
+        stated = re.search(r"default ([\w\"]+)$", text)
         if stated:
             assert same_value(ast.literal_eval(stated[1]), OPTIONS[name].default), name
         elif text.endswith("optional"):
@@ -526,7 +534,7 @@ def test_schedules_are_for_groups_and_averages(use, name):
     assert_refused(use, name, lambda step: 0.25)
 
 
-@pytest.mark.parametrize("name", [name for name in FLAGS if name != "first_step"])
+@pytest.mark.parametrize("name", [name for name in FLAGS if name not in NOT_OF_SGD])
 @pytest.mark.parametrize("value", [lambda step: True, np.array(True), 1, None, "yes", bool],
                          ids=["schedule", "array", "int", "None", "str", "class"])
 def test_flags_are_flags(name, value):
@@ -1101,7 +1109,7 @@ def test_state_of_schedules(names, script, rng):
     run(opt, script[:3])
     state = copy.deepcopy(opt.state_dict())
     saved = state["param_groups"][0]
-    assert state["version"] == 3
+    assert state["version"] == 4
     assert saved["schedules"] == [name for name in GROUP_OPTIONS if name in names]
     assert all(saved[name] is None for name in names)
     assert {name: saved[name] for name in options} == options
@@ -1248,7 +1256,7 @@ def test_no_bound_is_no_schedule(own, rng, tmp_path):
         assert other.param_groups[0]["clip_value"] is None
 
 
-@pytest.mark.parametrize("version", [4, 0, None, "2", 1.5])
+@pytest.mark.parametrize("version", [5, 0, None, "2", 1.5])
 def test_versions_to_come_are_refused(version, rng, tmp_path):
     opt = optcore.SGD(draw(rng), lr=0.1)
     state = {**opt._contents(include_params=False), "version": version}

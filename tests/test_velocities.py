@@ -10,7 +10,7 @@ from test_plan import model
 from twin import Twin, everything
 
 import optcore
-from reference import RULES, same_bits
+from reference import RULES, rounded, same_bits
 
 
 def ones(*shape, dtype=np.float32):
@@ -48,6 +48,21 @@ def test_stepped_in_place(dtype, rng):
     opt.step(grads)
     twin.step(grads)
     twin.check()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.5])
+def test_narrow_ones(value):
+    """Those that are -0.0 have not started either."""
+    v = rounded(np.full(3, value, np.float32), "bfloat16")
+    opt = optcore.SGD(ones(3), lr=0.1, momentum=0.5, dampening=0.5, velocities=v,
+                      velocity_dtype="bfloat16")
+    twin = Twin(opt, [v])
+    opt.step(ones(3))
+    twin.step([ones(3)])
+    twin.check()
+    assert same_bits(v, rounded(np.full(3, 0.75 if value else 1, np.float32), "bfloat16"))
+    with pytest.raises(TypeError, match=r"float32, got bfloat16: np.zeros_like\(p, np.float32\)"):
+        optcore.SGD(ones(3), lr=0.1, momentum=0.5, velocities=v)
 
 
 X, G = ones(3), ones(3)

@@ -6,7 +6,21 @@ import copy
 import numpy as np
 from test_plan import norm
 
-from reference import RULES_BY_ID, Options, averaged, same_bits, weighted
+from reference import (
+    FRACTION_BITS,
+    RULES_BY_ID,
+    Options,
+    averaged,
+    joined,
+    master_of,
+    noise_key,
+    rounded,
+    same_bits,
+    split,
+    type_name,
+    weighted,
+    widened,
+)
 
 OPTIONS = [name for name in vars(Options()) if name not in ("grad_scale", "first_step")]
 
@@ -62,23 +76,33 @@ class Twin:
     def __init__(self, opt, velocities=None):
         self.opt = opt
         self.params, self.velocities, self.averages, self.started = [], [], [], []
+        self.types, self.masters = [], []       # of the parameters, and what is kept of them
+        self.before = {}        # float32 of parameters that were given other values since
         self.count = self.skipped = 0
         self.grow(velocities)
 
     def grow(self, velocities=None):
         """Follow the parameters that `opt` has more."""
         more = self.live[len(self.params) :]
-        for p, v in zip(more, velocities or [None] * len(more), strict=True):
-            self.params.append(p.copy())
-            self.averages.append(p.copy())
-            self.velocities.append(np.zeros_like(p) if v is None else v.copy())
-            self.started.append(v is not None and bool(v.any()))
+        groups = [group for group in self.opt.param_groups for _ in group["params"]]
+        groups = groups[len(self.params) :]
+        for p, v, group in zip(more, velocities or [None] * len(more), groups, strict=True):
+            value = np.array(widened(p))
+            self.params.append(value)
+            self.averages.append(value.copy())
+            self.types.append(type_name(p))
+            self.masters.append(master_of(type_name(p), group["master"]))
+            zeros = np.zeros_like(value)
+            if group["velocity_dtype"] == "bfloat16":
+                zeros = rounded(zeros, "bfloat16")
+            self.velocities.append(zeros if v is None else v.copy())
+            self.started.append(v is not None and bool(widened(v).any()))
 
     def of(self, opt):
         """Return a twin of a copy of the optimizer."""
         twin = copy.copy(self)
-        twin.opt = opt
-        for name in ("params", "velocities", "averages", "started"):
+        twin.opt, twin.before = opt, {}
+        for name in ("params", "velocities", "averages", "started", "types", "masters"):
             setattr(twin, name, list(getattr(self, name)))
         return twin
 
@@ -91,6 +115,7 @@ class Twin:
         opt = self.opt
         grads = [None if g is None else np.array(g, order="F" if p.flags.fnc else "C")
                  for g, p in zip(grads, self.live, strict=True)]
+        grads = [None if g is None else widened(g) for g in grads]
         self.norm = norm(grads, grad_scale) if (
             opt.track_grad_norm or opt.max_norm is not None) else None
         self.nonfinite = []
@@ -107,6 +132,7 @@ class Twin:
         for group in opt.param_groups:
             numbers = {name: number_now(group[name], self.count)
                        for name in [*OPTIONS, "nesterov", "lr_in_velocity"]}
+            numbers["rounding"] = group["rounding"]
             groups += [numbers] * len(group["params"])
         for i, (g, group) in enumerate(zip(grads, groups, strict=True)):
             if g is None:
@@ -114,21 +140,59 @@ class Twin:
             rule = rule_of(group)
             options = Options(**{name: group[name] for name in OPTIONS}, grad_scale=grad_scale,
                               first_step=not self.started[i])
-            self.params[i], states = rule.reference(
-                self.params[i], g, [self.velocities[i]] if rule.states else [], options)
-            if states:
-                self.velocities[i], self.started[i] = states[0], True
+            order = "F" if self.live[i].flags.fnc else "C"      # by which noise goes
+            x = np.array(self.params[i], order=order)
+            halved = self.types[i] in FRACTION_BITS and self.masters[i] is None
+            how = {"rounding": group["rounding"],
+                   "noise_key": noise_key(opt.seed, self.count, i)}
+            exact, _ = rule.reference(
+                x, g, [widened(self.velocities[i])] if rule.states else [], options)
+            x, states = rule.reference(
+                np.array(rounded(x, self.types[i]), order=order) if halved else x, g,
+                [self.velocities[i]] if rule.states else [], options, **how)
             if opt.ema_decay is not None:
                 self.averages[i] = averaged(
-                    self.averages[i], self.params[i], number_now(opt.ema_decay, self.count))
+                    self.averages[i], exact, number_now(opt.ema_decay, self.count))
+            self.params[i] = widened(x)
+            self.before.pop(i, None)
+            if states:
+                self.velocities[i], self.started[i] = states[0], True
         self.count += 1
         return True
+
+    def shown(self, i, value=None):
+        """What a parameter shows, of this value or of that which it has."""
+        value = self.params[i] if value is None else value
+        return split(value)[0] if self.masters[i] == "split" else rounded(value, self.types[i])
+
+    def shows(self, i, value):
+        """Where a half parameter is what it shows of a value."""
+        return self.shown(i, value).view(np.uint16) == self.live[i].view(np.uint16)
+
+    def set_shown(self, i):
+        """Follow a parameter that was given other values."""
+        before = self.before.setdefault(i, self.params[i])      # what is kept stays until a step
+        value = np.array(widened(self.live[i]))
+        if self.masters[i] == "split":
+            value = joined(self.live[i], split(before)[1])
+        elif self.masters[i]:
+            value = np.where(self.shows(i, before), before, value)
+        self.params[i] = value
+
+    def take_master(self, i, master):
+        """Follow the load of a master, or of None, that left the parameter as it was."""
+        if self.masters[i]:
+            self.before.pop(i, None)
+            self.params[i] = np.array(widened(self.live[i]))
+            if master is not None:
+                self.params[i] = np.where(self.shows(i, master), master, self.params[i])
 
     def step_replicas(self, replicas, weights=None, grad_scale=1.0):
         """`replicas` are lists of leaves."""
         def mean(gs):
             if gs[0] is None:
                 return None
+            gs = [widened(g) for g in gs]
             if weights is not None:
                 return weighted(gs, weights)
             total = gs[0]
@@ -148,7 +212,9 @@ class Twin:
             assert (state["step_count"], state["skipped"]) == (self.count, self.skipped)
             entries = state["state"].values()
         for i, (p, entry) in enumerate(zip(self.live, entries, strict=True)):
-            assert alike(p, self.params[i]), i
+            assert alike(p, self.shown(i)), i
+            if self.masters[i] and "master" in entry:
+                assert alike(entry["master"], self.params[i]), i
             v, average = entry["velocity"], entry["ema"]
             assert not self.velocities[i].any() if v is None else (
                 alike(v, self.velocities[i])), i

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 from optcore._config import get_include as get_include
 from optcore._config import show_config as show_config
 from optcore._version import __version__ as __version__
+from optcore.arrays import bfloat16 as bfloat16
 from optcore.checkpoint import CheckpointError as CheckpointError
 from optcore.functional import *  # noqa: F403 - one function for each rule, and nothing else
 from optcore.runtime import get_num_threads as get_num_threads
@@ -29,7 +30,7 @@ if not TYPE_CHECKING:       # for a checker, the imports say it
         sweep,
         table,
     )
-    __all__ = ["__version__", *[
+    __all__ = ["__version__", "bfloat16", *[
         name for name, value in list(globals().items())
         if getattr(value, "__module__", "").startswith("optcore.")
     ]]

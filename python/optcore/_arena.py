@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,26 +33,31 @@ def _zeroed(n_bytes: int) -> tuple[np.ndarray, int]:
     return data, -data.ctypes.data % LINE
 
 
-def allocate_like(params: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return zeros in the shape, dtype and order of each parameter, in one arena.
+def allocate_like(
+    params: Sequence[np.ndarray], dtypes: Sequence[Any] | None = None
+) -> list[np.ndarray]:
+    """Return zeros in each parameter's shape and order, of its dtype or another, in one arena.
 
     Each array begins as far past a cache line as its parameter does, so that the loop that
-    peels to the parameter's boundary reaches its own there too.
+    peels to the parameter's boundary reaches its own there too; one of another width on a line.
     """
     params = [np.asarray(param) for param in params]    # a subclass may tell tales of its size
+    types = [param.dtype if dtypes is None else np.dtype(dtypes[i])
+             for i, param in enumerate(params)]
     starts = []
     end = 0
-    for param in params:
-        starts.append(end + param.ctypes.data % LINE)
-        end = -(-(starts[-1] + param.nbytes) // LINE) * LINE
+    for param, dtype in zip(params, types, strict=True):
+        past = param.ctypes.data % LINE if dtype.itemsize == param.itemsize else 0
+        starts.append(end + past)
+        end = -(-(starts[-1] + param.size * dtype.itemsize) // LINE) * LINE
     data, base = _zeroed(end)
     return [
         np.ndarray(
             param.shape,
-            param.dtype,
+            dtype,
             buffer=data,
             offset=base + start,
             order="C" if param.flags.c_contiguous else "F",
         )
-        for param, start in zip(params, starts, strict=True)
+        for param, dtype, start in zip(params, types, starts, strict=True)
     ]

@@ -7,18 +7,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from optcore.arrays import check_saved
+from optcore.arrays import check_saved, name_of_dtype, same_type, widen
 from optcore.groups import GROUP_KEYS
-from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked, is_schedule, plain_number
+from optcore.options import (
+    CHOICES,
+    GROUP_OPTIONS,
+    OPTIMIZER_OPTIONS,
+    checked,
+    is_schedule,
+    plain_number,
+)
 from optcore.structure import abridged
 
 if TYPE_CHECKING:
     from optcore.sgd import SGD
 
 # 1 knew no schedule but lr's, which it saved as None; in 2 a group names those it has; 3 has the
-# options that 2 did not know.
-STATE_VERSION = 3
-NEW_IN_3 = ("dampen_first", "flush_subnormals")
+# options that 2 did not know, 4 those of half types and their masters.
+STATE_VERSION = 4
+NEW_SINCE = {
+    "dampen_first": 3, "flush_subnormals": 3, "master": 4, "rounding": 4, "velocity_dtype": 4,
+}
+# As the optimizer was built; what a state holds is converted.
+LASTING = ("lr_in_velocity", "master", "velocity_dtype")
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -28,7 +39,8 @@ def saved_group(group: Mapping[str, Any], first: int) -> dict[str, Any]:
 
     Numbers are Python's own; a schedule is None and named under ``"schedules"``.
     """
-    saved = {key: _plain(value) for key, value in group.items()}
+    saved = {key: checked(key, value, key) if key in CHOICES else _plain(value)
+             for key, value in group.items()}
     names = group["param_names"]
     saved["params"] = list(range(first, first + len(group["params"])))
     saved["param_names"] = None if names is None else list(names)
@@ -44,8 +56,8 @@ def schedules_of(saved: Mapping[str, Any]) -> list[str]:
 
 def completed(saved: Mapping[str, Any], version: Any) -> dict[str, Any]:
     """Return a saved group with the defaults of options that its version did not know."""
-    known = {} if version == STATE_VERSION else {key: GROUP_OPTIONS[key] for key in NEW_IN_3}
-    return {**known, **saved}
+    added = {key: GROUP_OPTIONS[key] for key, since in NEW_SINCE.items() if version < since}
+    return {**added, **saved}
 
 
 class NotFound(NamedTuple):
@@ -71,7 +83,9 @@ class State:
                 f"state_dict['version'] must be a number from 1 to {STATE_VERSION}, got {version!r}"
             )
         self.opt = opt
-        self.counts = [_count(state_dict, key) for key in ("step_count", "skipped")]
+        self.counts = [
+            saved_count(state_dict, key, "state_dict") for key in ("step_count", "skipped")
+        ]
         saved_groups = state_dict["param_groups"]
         if not isinstance(saved_groups, (list, tuple)) or not isinstance(
             state_dict["state"], Mapping
@@ -100,6 +114,7 @@ class State:
         self.groups: list[dict[str, Any]] = []
         self.params: list[np.ndarray | None] = []
         self.entries: list[dict[str, Any]] = []
+        self.has_master, self.writes_masters = opt._has_master, False
         saved_groups = [completed(saved, version) for saved in saved_groups]
         self.not_found = NotFound([], [], [])
         places = self._places_by_name(saved_groups) if by_name else None
@@ -188,6 +203,8 @@ class State:
                 f"{where}['lr_in_velocity'] must be True or False, "
                 f"got {saved['lr_in_velocity']!r}"
             )
+        for key in CHOICES:
+            checked(key, saved[key], f"{where}[{key!r}]")
         if not by_name and names is not None and group["param_names"] is not None and (
             tuple(names) != group["param_names"]
         ):
@@ -195,7 +212,7 @@ class State:
                 f"{where}['param_names'] must be {abridged(group['param_names'])}, "
                 f"got {abridged(names)}: load_state_dict(..., by_name=True) matches by names"
             )
-        kept = {key: group[key] for key in ("params", "param_names", "lr_in_velocity")}
+        kept = {key: group[key] for key in ("params", "param_names", *LASTING)}
         schedules = schedules_of(saved)
         if not isinstance(schedules, (list, tuple)) or not set(schedules) <= set(GROUP_OPTIONS):
             raise ValueError(f"{where}['schedules'] must name options, got {schedules!r}")
@@ -224,7 +241,9 @@ class State:
             )
         to_right = bool(group["lr_in_velocity"])
 
-        def convert(velocity: np.ndarray) -> np.ndarray:
+        def convert(saved: np.ndarray) -> np.ndarray:
+            velocity = np.empty_like(saved, np.promote_types(saved.dtype, np.float32))
+            widen(saved, velocity)
             factor = velocity.dtype.type(-lr)
             with np.errstate(all="ignore"):
                 converted = np.asarray(velocity * factor if to_right else velocity / factor)
@@ -253,7 +272,7 @@ class State:
         where = f"state_dict['state'][{i}]"
         entry: dict[str, Any] = {}
         keys = (*self.opt._state_names, "ema", "first_step")
-        unknown = [key for key in saved if key not in (*keys, "param")]
+        unknown = [key for key in saved if key not in (*keys, "param", "master")]
         if unknown:
             raise ValueError(
                 f"{where} must have the keys {list(keys)!r}, got unknown {abridged(unknown)}"
@@ -277,17 +296,45 @@ class State:
             )
         if convert is not None and entry["velocity"] is not None:
             entry["velocity"] = convert(entry["velocity"])
-        self.params.append(check_saved(saved.get("param"), param, f"{where}['param']"))
-        if self.params[-1] is not None and not param.flags.writeable:
-            raise ValueError(f"{where}['param'] cannot be restored: its parameter is read-only")
+        self._read_values(saved, param, where, entry)
         self.entries.append(entry)
+
+    def _read_values(
+        self, saved: Mapping[str, Any], param: np.ndarray, where: str, entry: dict[str, Any]
+    ) -> None:
+        """Read what becomes of the parameter and of its master, each a float32 in some states."""
+        values = check_saved(saved.get("param"), param, f"{where}['param']")
+        master = check_saved(saved.get("master"), param, f"{where}['master']")
+        if master is not None and master.dtype != np.float32:
+            raise TypeError(
+                f"{where}['master'] must have dtype float32, got {name_of_dtype(master)}"
+            )
+        entry["master"] = master
+        if values is not None:
+            if not param.flags.writeable:
+                raise ValueError(f"{where}['param'] cannot be restored: its parameter is read-only")
+            has_master = self.has_master[len(self.entries)]
+            if has_master and (master is not None or not same_type(values, param)):
+                # masters of the two kinds are not shown alike where a rounding ties
+                entry["master"] = values if master is None else master
+                entry["writes_master"] = self.writes_masters = True
+                values = None
+            elif param.dtype == np.float32:
+                values = values if master is None else master
+            elif not same_type(values, param):
+                raise TypeError(
+                    f"{where}['param'] has dtype {name_of_dtype(values)}; its parameter has "
+                    f"{name_of_dtype(param)} and no master, so that it would be rounded: build "
+                    "the optimizer with master='auto'"
+                )
+        self.params.append(values)
 
     def apply(self) -> None:
         """Take it all over, or raise and change nothing."""
         opt = self.opt
         arrays = {
             key: opt._own_part([entry.get(key) for entry in self.entries])
-            for key in (*opt._state_names, "ema")
+            for key in (*opt._state_names, "ema", "master")
         }
         entries = [
             {**entry, **{key: parts[i] for key, parts in arrays.items() if key in entry}}
@@ -308,12 +355,13 @@ def _plain(value: Any) -> Any:
     return value if number is None else number
 
 
-def _count(state_dict: Mapping[str, Any], key: str) -> int:
-    value = state_dict[key]
+def saved_count(saved: Mapping[str, Any], key: str, where: str) -> int:
+    """Return a count that a state dictionary holds."""
+    value = saved[key]
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not (
         0 <= value < sys.maxsize
     ):
         raise ValueError(
-            f"state_dict[{key!r}] must be a whole number in [0, {sys.maxsize}), got {value!r}"
+            f"{where}[{key!r}] must be a whole number in [0, {sys.maxsize}), got {value!r}"
         )
     return int(value)

@@ -24,12 +24,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from optcore.arrays import bfloat16, is_bfloat16
+
 FORMAT = "optcore"
 FORMAT_VERSION = "1"
 
 MOST_HEADER_BYTES = 100_000_000     # safetensors' own limit: no reader takes more
-DTYPES: dict[str, np.dtype[Any]] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4")}
-CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+# Of bfloat16 the bits are read
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
+}
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 FilePath = str | bytes | os.PathLike[Any]
 
@@ -38,18 +43,24 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, foreign, or of another optimizer."""
 
 
+def _type_name(array: np.ndarray) -> str:
+    """Return the name of an array's type, whatever its byte order."""
+    return "bfloat16" if is_bfloat16(array) else array.dtype.name
+
+
 def digest(text: str, tensors: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256, in hexadecimal, of a text and named arrays."""
     total = hashlib.sha256(text.encode())
     for name, array in sorted(tensors.items()):
-        total.update(f"\0{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+        total.update(f"\0{name}\0{_type_name(array)}\0{array.shape}\0".encode())
         total.update(_as_bytes(array))
     return total.hexdigest()
 
 
 def _as_bytes(array: np.ndarray) -> memoryview:
     """Return an array's bytes as a file holds them; a copy only of what lies otherwise."""
-    whole = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+    bits = array.view(np.uint16) if is_bfloat16(array) else array
+    whole = np.asarray(bits, dtype=bits.dtype.newbyteorder("<"), order="C")
     return whole.reshape(-1).view(np.uint8).data
 
 
@@ -200,7 +211,8 @@ def _header(metadata: dict[str, str], tensors: Mapping[str, np.ndarray]) -> byte
     for name, array in tensors.items():
         begin, end = end, end + array.nbytes
         entries[name] = {
-            "dtype": CODES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end],
+            "dtype": CODES[_type_name(array)], "shape": array.shape,
+            "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)     # aligns what follows
@@ -284,7 +296,8 @@ def _read_tensors(
             raise ValueError(f"{name!r} lies at {place!r} of {n_bytes}, not at {[begin, end]}")
         array = np.empty(shape, dtype)
         file.readinto(array.reshape(-1).view(np.uint8).data)    # the hash sees what is not read
-        tensors[name] = array.astype(dtype.newbyteorder("="), copy=False)
+        array = array.astype(dtype.newbyteorder("="), copy=False)
+        tensors[name] = array.view(bfloat16) if entry["dtype"] == "BF16" else array
     if end != n_bytes:
         raise ValueError(f"tensors take {end} bytes, of {n_bytes} in the file")
     return tensors

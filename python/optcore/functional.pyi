@@ -1,13 +1,12 @@
-from typing import TypeVar
-
 import numpy as np
 from numpy.typing import NDArray
 
-_Real = TypeVar("_Real", np.float32, np.float64)
+# Of bfloat16 what holds the bits; arrays of ml_dtypes have no types.
+_Array = NDArray[np.float64] | NDArray[np.float32 | np.float16 | np.uint16]
 
 def sgd_step(
-    param: NDArray[_Real],
-    grad: NDArray[_Real],
+    param: _Array,
+    grad: _Array,
     *,
     lr: float,
     weight_decay: float = 0.0,
@@ -15,11 +14,13 @@ def sgd_step(
     maximize: bool = False,
     grad_scale: float = 1.0,
     clip_value: float | None = None,
+    rounding: str | None = None,
+    noise_key: int | None = None,
 ) -> None: ...
 def momentum_step(
-    param: NDArray[_Real],
-    grad: NDArray[_Real],
-    velocity: NDArray[_Real],
+    param: _Array,
+    grad: _Array,
+    velocity: _Array,
     *,
     lr: float,
     momentum: float,
@@ -33,11 +34,13 @@ def momentum_step(
     maximize: bool = False,
     grad_scale: float = 1.0,
     clip_value: float | None = None,
+    rounding: str | None = None,
+    noise_key: int | None = None,
 ) -> None: ...
 def nesterov_step(
-    param: NDArray[_Real],
-    grad: NDArray[_Real],
-    velocity: NDArray[_Real],
+    param: _Array,
+    grad: _Array,
+    velocity: _Array,
     *,
     lr: float,
     momentum: float,
@@ -48,4 +51,7 @@ def nesterov_step(
     maximize: bool = False,
     grad_scale: float = 1.0,
     clip_value: float | None = None,
+    rounding: str | None = None,
+    noise_key: int | None = None,
 ) -> None: ...
+def noise_key(seed: int, step: int, index: int = 0) -> int: ...

@@ -10,6 +10,8 @@ by hand. The table's name carries the ABI version; a module compiled for another
 ImportError ("does not export expected C variable optcore_abi_2") when it is imported.
 """
 
+from libc.stdint cimport uint64_t
+
 cdef extern from "optcore.h":
     enum:
         OPTCORE_ABI_VERSION
@@ -31,6 +33,24 @@ cdef extern from "optcore.h":
         bint lr_in_velocity             # 0; 1: v = momentum * v - lr * d
         bint first_step                 # 0; 1: with dampening, v starts as d
         bint flush_subnormals           # 0; 1: states below the smallest normal number become 0
+        uint64_t noise_key              # 0; of stochastic rounding: other for each array and step
+        uint64_t first_element          # 0; where param[0] is in the whole array, for the noise
+        bint stochastic                 # 0; 1: half types are rounded stochastically
+
+    # How an array is stored
+    enum:
+        OPTCORE_FLOAT32
+        OPTCORE_FLOAT64
+        OPTCORE_BFLOAT16
+        OPTCORE_FLOAT16
+        OPTCORE_SPLIT_BFLOAT16          # parameters with the rest of a float32 beside them, zero at
+        OPTCORE_COPIED_BFLOAT16         # first: the low 16 bits, or a float copy, which is stepped
+        OPTCORE_COPIED_FLOAT16
+
+    ctypedef struct optcore_array:
+        void *data
+        void *rest
+        size_t storage
 
     ctypedef struct optcore_api:
         size_t abi_version
@@ -44,6 +64,9 @@ cdef extern from "optcore.h":
         ) noexcept nogil
         void (*step_f64)(
             int, double *, const double *, double **, Py_ssize_t, const optcore_options *
+        ) noexcept nogil
+        void (*step)(
+            int, const optcore_array *, Py_ssize_t, const optcore_options *
         ) noexcept nogil
 
 cdef const optcore_api *optcore_abi_2
@@ -74,6 +97,16 @@ cdef inline void optcore_step_f64(
     const optcore_options *options,     # IN
 ) noexcept nogil:
     optcore_abi_2.step_f64(rule, param, grad, states, n, options)
+
+# Arrays of any storage: the parameter, its gradient, and each state
+
+cdef inline void optcore_step(
+    int rule,
+    const optcore_array *arrays,        # INOUT, but for the gradient: IN
+    Py_ssize_t n,
+    const optcore_options *options,     # IN
+) noexcept nogil:
+    optcore_abi_2.step(rule, arrays, n, options)
 
 cdef inline void optcore_sgd_f32(
     float *param,                       # INOUT

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,6 +7,8 @@ from numpy.typing import NDArray
 from optcore.options import KERNEL_OPTIONS as KERNEL_OPTIONS
 
 ABI_VERSION: int
+RULES: dict[str, int]
+array_dtype: np.dtype[np.void]
 options_dtype: np.dtype[np.void]
 
 def make_options(
@@ -21,6 +24,12 @@ def make_options(
     lr_in_velocity: bool = False,
     first_step: bool = False,
     flush_subnormals: bool = False,
+    noise_key: int = 0,
+    first_element: int = 0,
+    stochastic: bool = False,
+) -> NDArray[np.void]: ...
+def make_arrays(
+    param: NDArray[Any], grad: NDArray[Any], *states: NDArray[Any], rest: NDArray[Any] | None = None
 ) -> NDArray[np.void]: ...
 def addresses() -> dict[str, int]: ...
 def functions() -> dict[str, Callable[..., None]]: ...

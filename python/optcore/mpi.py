@@ -25,11 +25,11 @@ except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without 
     ) from _missing
 
 from optcore import checkpoint
-from optcore._arena import LINE
 from optcore._state import NotFound, State
 from optcore._structure import Group
+from optcore.arrays import has_nonzero, name_of_dtype, widen
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
-from optcore.plan import BOUND
+from optcore.plan import BOUND, RUN
 from optcore.sgd import SGD
 from optcore.structure import Nest
 
@@ -117,6 +117,11 @@ def _flattened(array: np.ndarray, param: np.ndarray) -> np.ndarray:
     return array.reshape(-1, order="C" if param.flags.c_contiguous else "F")
 
 
+def _raw(array: np.ndarray) -> np.ndarray:
+    """Return what MPI can take of an array: the bits of half types, which it does not know."""
+    return array.view(np.uint16) if array.itemsize == 2 else array
+
+
 def _join_squares(
     comm: MPI.Intracomm, n_params: int, total: float, found: list[int]
 ) -> tuple[float, list[int]]:
@@ -129,33 +134,30 @@ def _join_squares(
 
 
 class _Flat:
-    """Arrays of one dtype end to end, padded to whole cache lines for every rank.
+    """Arrays of one type end to end, each padded, so that all are cut between runs of noise.
 
     Attributes
     ----------
     places : dict
         Where the array of each index lies.
     whole : ndarray
-        The buffer that travels.
-    shards : list of ndarray
-        Every rank's part of it.
-    shard : ndarray
-        This rank's.
+        The buffer that travels, of the arithmetic type; `bits` is its memory for half types.
+    share : int
+        Elements of each rank's part.
     """
 
-    def __init__(self, params: list[np.ndarray], dtype: np.dtype, comm: MPI.Intracomm) -> None:
+    def __init__(self, params: list[np.ndarray], name: str, comm: MPI.Intracomm) -> None:
         self.places: dict[int, slice] = {}
         end = 0
         for i, param in enumerate(params):
-            if param.dtype == dtype:
+            if name_of_dtype(param) == name:
                 self.places[i] = slice(end, end + param.size)
-                end += param.size
-        line = LINE // dtype.itemsize
-        self.share = -(-end // (comm.size * line)) * line
+                end += -(-param.size // RUN) * RUN
+        self.share = -(-end // (comm.size * RUN)) * RUN
         self.start = comm.rank * self.share
-        self.whole = np.zeros(comm.size * self.share, dtype)
-        self.shards = np.split(self.whole, comm.size)
-        self.shard = self.shards[comm.rank]
+        size = comm.size * self.share
+        self.whole = np.zeros(size, np.float64 if name == "float64" else np.float32)
+        self.bits = self.whole.view(np.uint16)[:size]
 
     def cut(self, i: int) -> tuple[slice, slice]:
         """Return this rank's part of array `i`, often empty, and where in the shard it lies."""
@@ -173,8 +175,8 @@ class _Flat:
 def _lay_flat(
     params: list[np.ndarray], comm: MPI.Intracomm
 ) -> tuple[list[_Flat], list[np.ndarray]]:
-    """Return a flat buffer a dtype, and in them a place like each parameter."""
-    flats = [_Flat(params, dtype, comm) for dtype in dict.fromkeys(p.dtype for p in params)]
+    """Return a flat buffer a type of parameters, and in them a place like each parameter."""
+    flats = [_Flat(params, name, comm) for name in dict.fromkeys(map(name_of_dtype, params))]
     places = {i: flat.whole[place] for flat in flats for i, place in flat.places.items()}
     return flats, [
         places[i].reshape(param.shape, order="C" if param.flags.c_contiguous else "F")
@@ -188,8 +190,8 @@ def _param_lines(groups: list[dict[str, Any]], lent: Sequence[Any] | None) -> li
              for name in group["param_names"] or (None,) * len(group["params"])]
     params = [param for group in groups for param in group["params"]]
     return [
-        f"params[{i}]{'' if name is None else f' ({name!r})'} of {param.dtype} {param.shape} in "
-        f"{'C' if param.flags.c_contiguous else 'Fortran'} order"
+        f"params[{i}]{'' if name is None else f' ({name!r})'} of {name_of_dtype(param)} "
+        f"{param.shape} in {'C' if param.flags.c_contiguous else 'Fortran'} order"
         f"{'' if velocity is None else ' with a velocity'}"
         for i, (name, param, velocity) in enumerate(
             zip(names, params, lent or (None,) * len(params), strict=True)
@@ -249,15 +251,15 @@ class _Distributed(SGD):
         lent = (self._lent or ())[first:]
         for array in (*self._whole_params[first:], *lent):
             if array is not None:
-                for piece in _pieces(_flattened(array, array)):
+                for piece in _pieces(_raw(_flattened(array, array))):
                     self._comm.Bcast(piece)
         own = [param for group in self.param_groups for param in group["params"]]
         for entry, param in zip(self._state[first:], own[first:], strict=True):
             if entry["ema"] is not None:
-                entry["ema"][...] = param
+                widen(param, entry["ema"])
         if any(velocity is not None for velocity in lent):
             # Whether they have started was seen before they came from rank 0.
-            started = [{} if velocity is None else {"first_step": not velocity.any()}
+            started = [{} if velocity is None else {"first_step": not has_nonzero(velocity)}
                        for velocity in lent]
             self._restore(self.param_groups, [*({},) * first, *started], {},
                           (self.step_count, self.skipped))
@@ -276,9 +278,9 @@ class _Distributed(SGD):
 
     @property
     def state_nbytes(self) -> int:
-        """Bytes of states and averages that this rank holds."""
-        return sum(array.nbytes for entry in self._state for array in entry.values()
-                   if isinstance(array, np.ndarray))
+        """Bytes of states, averages and what masters keep beside parameters, on this rank."""
+        arrays = itertools.chain(self._masters, *(entry.values() for entry in self._state))
+        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
     def _own_lines(self, decay: Any) -> list[str]:
         options = {name: getattr(self, name) for name in OPTIMIZER_OPTIONS} | {"ema_decay": decay}
@@ -316,7 +318,7 @@ class _Distributed(SGD):
         listed, own, scale, decay = _agree(self.comm, check)
         for packed, gradient in zip(self._packed, listed, strict=True):
             if gradient is not None:
-                packed[...] = gradient
+                widen(gradient, packed)
         self._reduce()
         stepped = self._step_as_checked(own, scale / self.comm.size, decay)
         if stepped:
@@ -357,7 +359,14 @@ class _Distributed(SGD):
                            f"a state with SHA-256 {checkpoint.digest(text, tensors)}"]
 
         state = _agree(self.comm, check)
-        state.apply()
+
+        def apply() -> tuple[None, list[str]]:
+            state.apply()
+            return None, []
+
+        _agree(self.comm, apply)
+        if state.writes_masters:    # of which each rank may have a part
+            self._share_params()
         return state.not_found
 
     def save(self, path: checkpoint.FilePath, *, include_params: bool = False) -> None:
@@ -421,9 +430,9 @@ _PARAMETERS = """
 class DataParallelSGD(_Distributed):
     """`optcore.SGD` on the mean of all ranks' gradients, with the state whole on every rank.
 
-    A step copies the gradients into one flat buffer a dtype, sums that over the ranks with
-    Allreduce and steps with a scale of 1 / ranks. Ranks hold the same bits after every step:
-    MPI gives them identical sums. Up to two ranks they are the bits of
+    A step copies the gradients into one flat buffer a dtype, in float32 for half types, sums that
+    over the ranks with Allreduce and steps with a scale of 1 / ranks. Ranks hold the same bits
+    after every step: MPI gives them identical sums. Up to two ranks they are the bits of
     `optcore.SGD.step_replicas`; beyond, MPI chooses the order of the sum.
     """
 
@@ -482,9 +491,10 @@ class ShardedSGD(_Distributed):
     """`optcore.SGD` on the mean of all ranks' gradients, with the state split over the ranks.
 
     Velocity and averages take 1 / ranks of their memory on each (ZeRO, stage 1; Rajbhandari et
-    al., 2020). The parameters are laid end to end, a buffer a dtype, and cut into equal shards;
-    a step sums the gradients with Reduce_scatter, steps this rank's shard where it lies in the
-    parameters, and collects the shards with Allgather. Parameters have the bits of
+    al., 2020). The parameters are laid end to end, a buffer a dtype, and cut into equal shards,
+    between runs of 256 elements of each; a step sums the gradients with Reduce_scatter, steps this
+    rank's shard where it lies in the parameters, and collects the shards with Allgather, those of
+    half types as they are. Noise is drawn as for whole parameters, and these have the bits of
     `DataParallelSGD` where MPI adds up in the same order and ``max_norm`` does not act: the norm
     is a sum over shards.
 
@@ -509,15 +519,16 @@ class ShardedSGD(_Distributed):
         self._whole = SGD.__new__(SGD)      # without a velocity: it checks and never steps
         self._whole._build([
             group._replace(options={
-                **GROUP_OPTIONS, "lr": 0.0,
+                **GROUP_OPTIONS, "lr": 0.0, "master": None,
                 **{key: group.options[key] for key in ("params", "param_names")},
             }) for group in groups
         ], nest, options={}, grads=grads)
         params = self._whole_params
         self._flats, self._packed = _lay_flat(params, self._comm)
         self._sums = [np.zeros(flat.share, flat.whole.dtype) for flat in self._flats]
+        cuts = {i: flat.cut(i) for flat in self._flats for i in flat.places}
         averaged = {
-            i: sums[flat.cut(i)[1]]
+            i: sums[cuts[i][1]]
             for flat, sums in zip(self._flats, self._sums, strict=True) for i in flat.places
         }
         self._averaged = [averaged[i] for i in range(len(params))]
@@ -526,7 +537,7 @@ class ShardedSGD(_Distributed):
             Group({**group.options, "params": tuple(next(parts) for _ in group.options["params"])},
                   None, None, None)
             for group in groups
-        ], nest, grads=None, **options)
+        ], nest, grads=None, firsts=[cuts[i][0].start for i in range(len(params))], **options)
         self._join_squares = functools.partial(_join_squares, self.comm, len(params))
 
     def add_param_group(
@@ -556,23 +567,34 @@ class ShardedSGD(_Distributed):
                     parts[i] = _flattened(arrays[i], params[i])[flat.cut(i)[0]]
         return parts
 
-    def _collect(self, parts: Sequence[np.ndarray], into: list[np.ndarray]) -> list[np.ndarray]:
-        """Write every rank's parts of arrays into whole ones, laid out as the parameters are."""
-        for flat in self._flats:
-            for i in flat.places:
-                flat.shard[flat.cut(i)[1]] = parts[i]
-            if flat.whole.size <= MAX_COUNT:
-                self.comm.Allgather(MPI.IN_PLACE, flat.whole)
+    def _collect(self, parts: Sequence[Any], into: Sequence[Any]) -> None:
+        """Write every rank's parts of arrays into whole ones, laid out as the parameters are.
+
+        Both are None for the parameters without such an array.
+        """
+        for flat, halves in itertools.product(self._flats, (False, True)):
+            there = {i: place for i, place in flat.places.items()
+                     if parts[i] is not None and (parts[i].itemsize == 2) is halves}
+            if not there:
+                continue
+            whole = flat.bits if halves else flat.whole
+            shards = np.split(whole, self.comm.size)
+            for i in there:
+                shards[self.comm.rank][flat.cut(i)[1]] = _raw(parts[i])
+            if whole.size <= MAX_COUNT:
+                self.comm.Allgather(MPI.IN_PLACE, whole)
             else:       # pieces of the shards lie apart, and no one call takes those
-                for rank, shard in enumerate(flat.shards):
+                for rank, shard in enumerate(shards):
                     for piece in _pieces(shard):
                         self.comm.Bcast(piece, root=rank)
-            for i, place in flat.places.items():
-                _flattened(into[i], into[i])[...] = flat.whole[place]
-        return into
+            for i, place in there.items():
+                _flattened(_raw(into[i]), into[i])[...] = whole[place]
 
-    def _collected(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return self._collect(parts, [np.empty_like(p, subok=False) for p in self._whole_params])
+    def _collected(self, parts: Sequence[Any]) -> list[Any]:
+        into = [None if part is None else np.empty_like(param, part.dtype, subok=False)
+                for part, param in zip(parts, self._whole_params, strict=True)]
+        self._collect(parts, into)
+        return into
 
     def _snapshot(self, include_params: bool = False) -> dict[str, Any]:
         def check() -> tuple[dict[str, Any], list[str]]:
@@ -583,11 +605,10 @@ class ShardedSGD(_Distributed):
             )]
 
         copied = _agree(self.comm, check)
-        parts = copied["state"]
-        for key, value in parts[0].items():
-            if isinstance(value, np.ndarray):
-                whole = self._collected([entry[key] for entry in parts])
-                for entry, array in zip(parts, whole, strict=True):
+        for key in (*self._state_names, "ema", "master", "param"):
+            whole = self._collected([entry.get(key) for entry in copied["state"]])
+            for entry, array in zip(copied["state"], whole, strict=True):
+                if array is not None:
                     entry[key] = array
         return copied
 
@@ -613,7 +634,8 @@ class ShardedSGD(_Distributed):
             if flat.whole.size <= MAX_COUNT:
                 self.comm.Reduce_scatter_block(flat.whole, sums)
                 continue
-            for rank, shard in enumerate(flat.shards):      # as in _collect
+            shards = np.split(flat.whole, self.comm.size)       # as in _collect
+            for rank, shard in enumerate(shards):
                 for piece, total in zip(_pieces(shard), _pieces(sums), strict=True):
                     self.comm.Reduce(piece, total if rank == self.comm.rank else None, root=rank)
 

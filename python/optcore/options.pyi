@@ -3,7 +3,7 @@ from typing import Any, NamedTuple
 class Option(NamedTuple):
     name: str
     range: int
-    default: float | bool | None
+    default: float | bool | str | None
     holder: str
     refused: int
     offset: int
@@ -12,6 +12,7 @@ GROUP: str
 CALL: str
 OPTIMIZER: str
 RANGES: dict[int, str]
+CHOICES: dict[str, tuple[str | None, ...]]
 REFUSALS: dict[int, str]
 OPTIONS: dict[str, Option]
 GROUP_OPTIONS: dict[str, Any]
@@ -21,4 +22,4 @@ KERNEL_OPTIONS: dict[str, Option]
 def defaults_of(holder: str) -> dict[str, Any]: ...
 def plain_number(value: object) -> float | None: ...
 def is_schedule(value: object) -> bool: ...
-def checked(option: str, value: object, name: str) -> float: ...
+def checked(option: str, value: object, name: str) -> Any: ...

@@ -8,14 +8,20 @@ from optcore._structure import Group
 from optcore.options import OPTIMIZER_OPTIONS as OPTIMIZER_OPTIONS
 from optcore.structure import Nest
 
-_Array = NDArray[np.float32] | NDArray[np.float64]
+_Array = NDArray[np.float64] | NDArray[np.float32 | np.float16 | np.uint16]
 _Grads = _Array | Iterable[Any] | Mapping[Any, Any]     # arrays, None, and nests of them
 
 BOUND: object
+RUN: int
 
 class Plan:
     param_groups: list[dict[str, Any]]
     _join_squares: Callable[[float, list[int]], tuple[float, list[int]]] | None
+    @property
+    def _has_master(self) -> list[bool]: ...
+    @property
+    def _masters(self) -> tuple[Any, ...]: ...
+    def _lend_masters(self, masters: Iterable[Any]) -> None: ...
     @property
     def _built(self) -> bool: ...
     @property
@@ -26,6 +32,10 @@ class Plan:
     def grad_norm(self) -> float | None: ...
     @property
     def nonfinite_params(self) -> list[Any]: ...
+    @property
+    def seed(self) -> int: ...
+    @seed.setter
+    def seed(self, value: int) -> None: ...
     @property
     def max_norm(self) -> float | None: ...
     @max_norm.setter
@@ -70,6 +80,7 @@ class Plan:
         velocities: Any = None,
         rule: str | None = None,
         given: Any = None,
+        firsts: Sequence[int] | None = None,
     ) -> None: ...
     def _grow(
         self, groups: list[Group], nests: tuple[Nest | None, Nest | None], grads: Any,

@@ -66,6 +66,9 @@ class GroupOptions:
     clip_value = GroupOption()
     dampen_first = GroupOption()
     flush_subnormals = GroupOption()
+    master = GroupOption()
+    rounding = GroupOption()
+    velocity_dtype = GroupOption()
 
 
 class SGD(Plan, GroupOptions):
@@ -74,7 +77,9 @@ class SGD(Plan, GroupOptions):
     Parameters
     ----------
     params : array, sequence, mapping or nest of arrays, or list of group dictionaries
-        float32 or float64 arrays of any shape, C- or Fortran-contiguous, updated in place.
+        float32, float64, bfloat16 or float16 arrays of any shape, C- or Fortran-contiguous,
+        updated in place; the half types are stepped in float32. Arrays of bfloat16 are those of
+        ml_dtypes, or bits declared by ``array.view(optcore.bfloat16)``.
         Besides NumPy's: PyTorch's CPU tensors, and whatever lends its memory by DLPack or the
         buffer protocol, which is kept alive. Mappings and sequences nest to any depth; keys and
         places joined by dots are the parameters' names. Containers are looked at again at each
@@ -122,13 +127,28 @@ class SGD(Plan, GroupOptions):
         Keep an exponential moving average of the parameters,
         ``e = ema_decay * e + (1 - ema_decay) * x`` after each step, starting from the
         parameters as they are now; see `ema`. A callable is given the count of steps so far.
+    master : {"auto", "split", "float32"} or None, default "auto"
+        What is kept of a half parameter's float32*, which is what is stepped. ``"split"``
+        (bfloat16): its low 16 bits, the parameter being its high ones, rounded to the nearest.
+        ``"float32"``: all of it. None: nothing, the parameter is all there is. ``"auto"``: split
+        for bfloat16, float32 for float16. A parameter that is given another value between steps
+        is stepped from that. Stays as the optimizer was built.
+    rounding : {"stochastic", "nearest"}, default "stochastic"
+        How half parameters without a master and bfloat16 velocities are rounded*. The nearest
+        loses updates of less than half a unit in the last place.
+    velocity_dtype : {"float32", "bfloat16"} or None, default None
+        Dtype of the velocities*; None: that in which the parameter is stepped, float64 for
+        float64 and else float32. Stays as the optimizer was built.
+    seed : int in [0, 2**64), default 0
+        Chooses the noise of stochastic rounding, which is a function of it, the step count, the
+        parameter's place and the element's: optimizers side by side want seeds of their own.
     grads : in the structure of `params`, optional
         Gradient arrays that stay in place; `step` then needs no argument, which is the
         fastest way to step. Another array in the place of one is taken over.
     velocities : in the structure of `params`, optional
-        Arrays of the caller's to keep the velocities in, with the dtype, shape and order of
-        their parameters; the optimizer owns one where this has None. One that is zero throughout
-        has not started: see `dampening`.
+        Arrays of the caller's to keep the velocities in, with the shape and order of their
+        parameters and the dtype that `velocity_dtype` says; the optimizer owns one where this has
+        None. One that is zero throughout has not started: see `dampening`.
 
     Attributes
     ----------
@@ -195,6 +215,10 @@ class SGD(Plan, GroupOptions):
         skip_nonfinite: bool = False,
         track_grad_norm: bool = False,
         ema_decay: float | Schedule | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        velocity_dtype: Any = None,
+        seed: int = 0,
         grads: Any = None,
         velocities: Any = None,
     ) -> None:
@@ -320,6 +344,7 @@ class SGD(Plan, GroupOptions):
     def ema(self) -> Any:
         """The averages, in the structure of `params`; None where none are kept.
 
+        float64 for float64 parameters, else float32.
         Live arrays, updated by every step: copy what must stay. Flat where `params` is a list
         of groups. A parameter left out of a step, its gradient being None, does not move its
         average either.
@@ -348,17 +373,18 @@ class SGD(Plan, GroupOptions):
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on with the same bits.
 
-        The parameters themselves, `max_norm`, `skip_nonfinite`, `track_grad_norm` and
-        `ema_decay` are not in it: give them when building the optimizer that loads it.
+        The parameters themselves, `max_norm`, `skip_nonfinite`, `track_grad_norm`, `ema_decay`
+        and `seed` are not in it: give them when building the optimizer that loads it.
 
         Returns
         -------
         dict
             ``"state"`` maps each parameter's index to its ``"velocity"`` (a copy, or None), its
-            ``"ema"`` (a copy, or None) and ``"first_step"``. ``"param_groups"`` holds each
-            group's options, with indices for ``"params"``; those that were schedules are None
-            and named in its ``"schedules"``. Then ``"step_count"``, ``"skipped"`` and
-            ``"version"``. Plain arrays and numbers throughout, of one moment.
+            ``"ema"`` (a copy, or None), ``"first_step"`` and, where one is kept, its ``"master"``
+            (a float32 copy). ``"param_groups"`` holds each group's options, with indices for
+            ``"params"``; those that were schedules are None and named in its ``"schedules"``. Then
+            ``"step_count"``, ``"skipped"`` and ``"version"``. Plain arrays and numbers throughout,
+            of one moment; of bfloat16 as `optcore.bfloat16` declares them.
 
         Raises
         ------
@@ -398,14 +424,16 @@ class SGD(Plan, GroupOptions):
         """Go on from a state that `state_dict` returned.
 
         Options in the state replace those of the groups, but for two kinds: where the state
-        was saved with a schedule, this optimizer's own stays; and `lr_in_velocity` stays as
-        this optimizer was built, velocities of the other convention being converted by the
-        factor -lr (v_right = -α·v_left), rounded once.
+        was saved with a schedule, this optimizer's own stays; and `lr_in_velocity`, `master` and
+        `velocity_dtype` stay as this optimizer was built. Velocities of the other convention are
+        converted by the factor -lr (v_right = -α·v_left), rounded once, and again where they are
+        kept in bfloat16. A master is gone on from where its parameter shows it.
 
         Parameters
         ----------
         state_dict : mapping
-            Arrays are copied, and must have the dtype and shape of their parameters.
+            Arrays are copied. They must have the shape of their parameters, and a dtype that can be
+            stepped together with theirs.
         by_name : bool, default False
             Match parameters by their names, whatever their order and groups, not by their places.
             What is not found stays as it is. A group takes over the options of the saved group
@@ -464,8 +492,9 @@ class SGD(Plan, GroupOptions):
         """Go on from a file that `save` wrote, as `load_state_dict` does.
 
         Options of the whole optimizer (`max_norm`, `skip_nonfinite`, `track_grad_norm`,
-        `ema_decay`) come from the file too; where the decay was saved as a callable, this
-        optimizer's own stays. Parameters are written where the file holds them.
+        `ema_decay`, `seed`) come from the file too; where the decay was saved as a callable, this
+        optimizer's own stays. Parameters are written where the file holds them, from their masters
+        where there are some: nothing is lost between float32 and half types with a master.
 
         Parameters
         ----------
@@ -519,8 +548,9 @@ class SGD(Plan, GroupOptions):
         lr, ema_decay : callable
             The schedules, where the saved optimizer had them: a file holds none.
         **more
-            The schedules of other options, likewise; ``grads``, and what else the constructor
-            takes, are passed to it.
+            The schedules of other options, likewise; ``master`` and ``velocity_dtype``, where
+            other ones are wanted than were saved; ``grads``, and what else the constructor takes,
+            are passed to it.
 
         Raises
         ------
@@ -533,12 +563,13 @@ class SGD(Plan, GroupOptions):
         """
         path = checkpoint.as_text(path)
         contents = cls._read(path, more)
+        storage = {name: more.pop(name) for name in ("master", "velocity_dtype") if name in more}
         schedules = {name: more.pop(name) for name in GROUP_OPTIONS if name in more}
         if lr is not None:
             schedules["lr"] = lr
         with checkpoint.refusing(path):
-            saved = [{key: completed(group, contents["version"])[key] for key in GROUP_OPTIONS}
-                     for group in contents["param_groups"]]
+            saved = [{**{key: completed(group, contents["version"])[key] for key in GROUP_OPTIONS},
+                      **storage} for group in contents["param_groups"]]
             scheduled = [schedules_of(group) for group in contents["param_groups"]]
             options = dict(contents["options"])
             averages = any(entry["ema"] is not None for entry in contents["state"].values())

@@ -47,6 +47,17 @@ static PyObject *step(PyObject *self, PyObject *args) {
     return NULL;
 }
 
+static PyObject *step_stored(PyObject *self, PyObject *args) {
+    unsigned long long arrays, options;
+    Py_ssize_t n;
+    int rule;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "iKnK", &rule, &arrays, &n, &options)) return NULL;
+    optcore_step(rule, (const optcore_array *)(size_t)arrays, n,
+                 (const optcore_options *)(size_t)options);
+    Py_RETURN_NONE;
+}
+
 static PyObject *defaults(PyObject *self, PyObject *args) {
     optcore_options options = optcore_defaults();
     (void)self;
@@ -56,6 +67,7 @@ static PyObject *defaults(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"step", step, METH_VARARGS, NULL},
+    {"step_stored", step_stored, METH_VARARGS, NULL},
     {"defaults", defaults, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

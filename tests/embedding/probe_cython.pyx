@@ -2,6 +2,7 @@
 from libc.stdint cimport uintptr_t
 
 from optcore.kernels cimport (
+    optcore_array,
     optcore_defaults,
     optcore_momentum_f32,
     optcore_momentum_f64,
@@ -10,6 +11,7 @@ from optcore.kernels cimport (
     optcore_options,
     optcore_sgd_f32,
     optcore_sgd_f64,
+    optcore_step,
     optcore_step_f32,
     optcore_step_f64,
 )
@@ -37,6 +39,10 @@ def step(
         optcore_step_f32(rule, <float *>x, <const float *>g, <float **>states, n, &o)
     else:
         optcore_step_f64(rule, <double *>x, <const double *>g, <double **>states, n, &o)
+
+
+def step_stored(int rule, uintptr_t arrays, Py_ssize_t n, uintptr_t options):
+    optcore_step(rule, <const optcore_array *>arrays, n, <const optcore_options *>options)
 
 
 def defaults():

@@ -1,26 +1,24 @@
 """The sweep on arrays that are stored in another type than they are stepped in.
 
-Built against the private declarations: nothing public lets such arrays in.
+Built against the private declarations: nothing public lets float32 and float64 meet.
 """
 from libc.stdint cimport uintptr_t
 
 from optcore.rules cimport Scalars
-from optcore.storage cimport FLOAT32, FLOAT64, Stream
+from optcore.storage cimport FLOAT32, FLOAT64, Stream, stream_at
 from optcore.sweep cimport SQUARES, STEP, Partial, Tensor, one_tensor, sweep_in_use
 
 
 cdef Stream stream_of(object array):
-    return Stream(
-        <void *><uintptr_t>array.ctypes.data, FLOAT64 if array.dtype.itemsize == 8 else FLOAT32
-    )
+    cdef uintptr_t at = array.ctypes.data
+    return stream_at(<void *>at, FLOAT64 if array.dtype.itemsize == 8 else FLOAT32)
 
 
 cdef Tensor tensor_of(object x, list grads, Stream *streams, const Scalars *scalars):
     cdef Tensor t
-    cdef Stream param = stream_of(x)
     for k, g in enumerate(grads):
         streams[k] = stream_of(g)
-    t = one_tensor(param.data, param.storage, x.size, streams, scalars)
+    t = one_tensor(stream_of(x), x.size, streams, scalars)
     t.n_grads = len(grads)
     return t
 

@@ -22,6 +22,7 @@
 
 #include <Python.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -56,6 +57,25 @@ enum {
     OPTCORE_N_RULES
 };
 
+/* How an array is stored. Half types are stepped in float32, and may meet it and each other in one
+ * step; float64 stays with float64. */
+enum optcore_storage {
+    OPTCORE_FLOAT32,
+    OPTCORE_FLOAT64,
+    OPTCORE_BFLOAT16,
+    OPTCORE_FLOAT16,
+    /* parameters with the rest of a float32 beside them, which is zero at first: */
+    OPTCORE_SPLIT_BFLOAT16,             /* the low 16 bits of each element, uint16_t */
+    OPTCORE_COPIED_BFLOAT16,            /* a float copy of each, which is what is stepped */
+    OPTCORE_COPIED_FLOAT16
+};
+
+typedef struct optcore_array {
+    void *data;
+    void *rest;                         /* what lies beside a parameter; else NULL */
+    size_t storage;
+} optcore_array;
+
 /* Start from optcore_defaults() and set what differs. */
 typedef struct optcore_options {
     size_t size;                        /* of this struct, as the caller was compiled with it */
@@ -70,6 +90,10 @@ typedef struct optcore_options {
     int lr_in_velocity;                 /* 0; 1: v = momentum * v - lr * d */
     int first_step;                     /* 0; 1: with dampening, v starts as d */
     int flush_subnormals;               /* 0; 1: states below the smallest normal number become 0 */
+    uint64_t noise_key;                 /* 0; of stochastic rounding: other for each array and step */
+    uint64_t first_element;             /* 0; where param[0] is in the whole array, for the noise: a
+                                           multiple of 256 */
+    int stochastic;                     /* 0; 1: half types are rounded stochastically */
 } optcore_options;
 
 /* What import_optcore() fetches. The first four members stay where they are for ever: they are
@@ -86,6 +110,7 @@ typedef struct optcore_api {
                      const optcore_options *);
     void (*step_f64)(int rule, double *, const double *, double **states, Py_ssize_t n,
                      const optcore_options *);
+    void (*step)(int rule, const optcore_array *, Py_ssize_t n, const optcore_options *);
 } optcore_api;
 
 #if !defined(OPTCORE_UNIQUE_SYMBOL)
@@ -170,6 +195,16 @@ static inline void optcore_step_f64(
     const optcore_options *options      /* IN */
 ) {
     optcore_table->step_f64(rule, param, grad, states, n, options);
+}
+
+/* Arrays of any storage: the parameter, its gradient, and each state, in the order of the list. */
+static inline void optcore_step(
+    int rule,
+    const optcore_array *arrays,        /* INOUT, but for the gradient: IN */
+    Py_ssize_t n,
+    const optcore_options *options      /* IN */
+) {
+    optcore_table->step(rule, arrays, n, options);
 }
 
 #define OPTCORE_STEP_0(rule, type, real) \
