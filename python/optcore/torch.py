@@ -17,9 +17,13 @@ except ImportError as error:
         "optcore.torch needs PyTorch, which is not installed: pip install 'optcore[torch]'"
     ) from error
 
+import numpy as np
+
 import optcore
+from optcore._state import saved_count
+from optcore.arrays import is_bfloat16
 from optcore.groups import GROUP_NOTES
-from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
+from optcore.options import CHOICES, GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked
 from optcore.sgd import GroupOptions
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
@@ -30,10 +34,22 @@ OWN_OPTIONS = tuple(name for name in OPTIMIZER_OPTIONS if name != "track_grad_no
 # What PyTorch keeps in an optimizer under public names.
 TORCH_ATTRIBUTES = {"defaults", "state", "param_groups", "grad_scale", "found_inf"}
 PLAIN = {torch.Tensor, torch.nn.Parameter}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# What `state` has of the plan's masters, by their dtype: a float32 copy, or its low halves.
+MASTER_KEYS = {np.dtype(np.float32): "master", np.dtype(np.uint16): "low_bits"}
+
+
+class _Uncast:
+    """Keeps a loaded tensor from PyTorch, which would cast it to its parameter's dtype."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 def _number(name: str, value: Any) -> Any:
     """Return an option as the plan takes it."""
+    if name in CHOICES:
+        return checked(name, value, name)
     if callable(value):     # the plan, which counts steps, may be built anew at any time
         raise TypeError(
             f"{name} must be a number, got {value!r}: use torch.optim.lr_scheduler, or set it "
@@ -88,6 +104,15 @@ class _Owner(NamedTuple):
         """Under which key `state` has its velocity: PyTorch's, in its own convention only."""
         return "velocity" if self.group["lr_in_velocity"] else "momentum_buffer"
 
+    def dtype_of(self, key: str) -> torch.dtype:
+        """In which dtype `state` has an entry."""
+        if key == "low_bits":
+            return torch.int16
+        narrow = _number("velocity_dtype", self.group["velocity_dtype"]) == "bfloat16"
+        if key == self.velocity_key and narrow:
+            return torch.bfloat16
+        return torch.float64 if self.param.dtype == torch.float64 else torch.float32
+
     def turned(self, tensor: torch.Tensor) -> Any:
         """Return a tensor like the parameter as the plan takes it."""
         tensor = _local(tensor)
@@ -95,7 +120,10 @@ class _Owner(NamedTuple):
 
     def lent(self, array: Any) -> Any:
         """Return the plan's array as a tensor like the parameter."""
-        p, tensor = self.param, torch.from_numpy(array)
+        p = self.param
+        tensor = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+        if is_bfloat16(array):
+            tensor = tensor.view(torch.bfloat16)
         if self.order is not None:
             tensor = tensor.permute(sorted(range(len(self.order)), key=self.order.__getitem__))
         if not hasattr(p, "to_local"):
@@ -111,27 +139,44 @@ class _Owner(NamedTuple):
             grad = grad.detach().redistribute(placements=self.param.placements)
         return self.turned(grad.resolve_neg() if grad.is_neg() else grad)
 
-    def steppable(self, held: Any, where: str, *, lent: bool) -> torch.Tensor:
+    def converted(self, key: str, array: Any) -> Any:
+        """Return what is kept of a bfloat16 parameter's master in the other form than `key` has.
+
+        The two show ties otherwise: there it begins at what the parameter shows.
+        """
+        forms = ("split", "float32") if key == "low_bits" else ("float32", "split")
+        here, there = (optcore.SGD([self.turned(self.param)], lr=0.0, master=form)
+                       for form in forms)
+        here._lend_masters([array.view(here._masters[0].dtype)])
+        there._restore(there.param_groups, here._snapshot()["state"], {}, (0, 0))
+        return there._masters[0]
+
+    def steppable(self, key: str, held: Any, where: str) -> torch.Tensor:
         """Return a tensor of `state` as it can be stepped: itself, or else cast and laid out."""
-        if not isinstance(held, torch.Tensor) or not held.is_floating_point():
+        dtype = self.dtype_of(key)
+        if not isinstance(held, torch.Tensor) or not (
+            held.dtype == dtype or (held.is_floating_point() and dtype.is_floating_point)
+        ):
             raise TypeError(
-                f"{where} must be a tensor of real numbers, got {type(held).__name__} of "
-                f"{getattr(held, 'dtype', 'no dtype')}"
+                f"{where} must be a tensor of "
+                f"{'real numbers' if dtype.is_floating_point else dtype}, got "
+                f"{type(held).__name__} of {getattr(held, 'dtype', 'no dtype')}"
             )
         for name in ("layout", "shape", "placements"):
             has, wanted = (getattr(tensor, name, None) for tensor in (held, self.param))
             if has != wanted:
                 raise ValueError(f"{where} has {name} {has}; its parameter has {wanted}")
-        fits = held.dtype == self.param.dtype and self.turned(held).is_contiguous()
+        fits = held.dtype == dtype and self.turned(held).is_contiguous()
         shared = _local(held).is_shared()
-        if fits and not held.is_neg() and (lent or not shared):
+        if fits and not held.is_neg() and (key != "ema" or not shared):
             return held
         if shared:
             raise ValueError(
-                f"{where} is shared with other processes, which only a velocity like its parameter "
-                "can stay, torch.zeros_like(p) say: give a clone()"
+                f"{where} is shared with other processes, which only a velocity or a master that "
+                f"lies like its parameter can stay, torch.zeros_like(p, dtype={dtype}) say: give "
+                "a clone()"
             )
-        return torch.empty_like(self.param).copy_(held.detach())
+        return torch.empty_like(self.param, dtype=dtype).copy_(held.detach())
 
 
 def _owned(param: Any, group: dict[str, Any], label: str) -> tuple[_Owner, torch.Tensor]:
@@ -139,9 +184,9 @@ def _owned(param: Any, group: dict[str, Any], label: str) -> tuple[_Owner, torch
     if not isinstance(param, torch.Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(param).__name__}")
     kind = param.dtype, param.layout, param.device.type
-    if kind not in [(dtype, torch.strided, "cpu") for dtype in (torch.float32, torch.float64)]:
+    if kind not in [(dtype, torch.strided, "cpu") for dtype in DTYPES]:
         raise TypeError(
-            f"{label} must be a dense float32 or float64 tensor on the CPU, "
+            f"{label} must be a dense float32, float64, bfloat16 or float16 tensor on the CPU, "
             f"got {', '.join(map(str, kind))}"
         )
     if torch.nn.parameter.is_lazy(param):       # nothing yet
@@ -164,13 +209,14 @@ def _own_option(name: str) -> Any:
 
 
 class SGD(torch.optim.Optimizer, GroupOptions):
-    """``torch.optim.SGD`` in one fused pass over float32 and float64 tensors on the CPU.
+    """``torch.optim.SGD`` in one fused pass over tensors on the CPU.
 
     Parameters
     ----------
     params : iterable of tensors, of (name, tensor) pairs, or of group dictionaries
-        As ``torch.optim.SGD`` takes them. Tensors are dense and updated in place, of a DTensor
-        the part on this rank. Lazy parameters join when they are materialised.
+        As ``torch.optim.SGD`` takes them. Tensors are dense, float32, float64, bfloat16 or
+        float16, and updated in place, of a DTensor the part on this rank; the half types are
+        stepped in float32. Lazy parameters join when they are materialised.
     lr : float or one-element tensor >= 0, default 1e-3
         Learning rate*.
     momentum : float in [0, 1), default 0
@@ -192,17 +238,27 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         As in `optcore.SGD`, over the parameters of all groups; refused with DTensors.
     ema_decay : float in [0, 1), optional
         As in `optcore.SGD`, but no callable; the averages are in ``state[param]["ema"]``.
+    master : {"auto", "split", "float32"} or None, default "auto"
+        As in `optcore.SGD`, with a star. What is kept of a half parameter's float32 is, from its
+        first gradient on, in its state: ``"low_bits"``, int16, for split, ``"master"``, float32.
+    rounding : {"stochastic", "nearest"}, default "stochastic"
+        As in `optcore.SGD`, with a star.
+    velocity_dtype : {"float32", "bfloat16"}, a dtype of those names or None, default None
+        As in `optcore.SGD`, with a star: None is float32 for half parameters, too.
+    seed : int in [0, 2**64), default 0
+        As in `optcore.SGD`.
 
     Attributes
     ----------
-    lr, momentum, …, max_norm, skip_nonfinite, ema_decay
+    lr, momentum, …, max_norm, skip_nonfinite, ema_decay, seed
         Every option, to be read and set between steps; those with a star over all groups.
 
     Raises
     ------
     TypeError, ValueError
         For what is not supported or out of range. Tensors on a GPU, sparse, complex, negated or
-        of another dtype are refused, naming the parameter where names were given.
+        of another dtype are refused, naming the parameter where names were given. `master` and
+        `velocity_dtype` stay as the optimizer was built.
 
     Notes
     -----
@@ -228,6 +284,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     _plan: optcore.SGD | None = None
     _complete = False       # whether the constructor's groups are all there
     _skipped = 0
+    _applied = 0            # steps, which noise is counted by
     _measured: tuple[float | None, list[Any]] = (None, [])
 
     def __init__(
@@ -251,6 +308,10 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         ema_decay: float | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        velocity_dtype: Any = None,
+        seed: int = 0,
     ) -> None:
         given = locals()
         self._own = {name: given[name] for name in OWN_OPTIONS}
@@ -281,6 +342,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     max_norm = _own_option("max_norm")
     skip_nonfinite = _own_option("skip_nonfinite")
     ema_decay = _own_option("ema_decay")
+    seed = _own_option("seed")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what nobody would read; private names are PyTorch's and its friends'."""
@@ -294,12 +356,14 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     def _all_or_nothing(self, *dicts: dict[str, Any]) -> Iterator[None]:
         """Put back what a change has changed that is refused."""
         own, state, groups = self._own, self.state, self.param_groups
+        applied = self._applied
         n_groups, before = len(groups), [
             (group, dict(group)) for group in (*groups, *dicts) if isinstance(group, dict)]
         try:
             yield
         except BaseException:
             self._own, self.state, self.param_groups, self._plan = own, state, groups, None
+            self._applied = applied
             del groups[n_groups:]
             for group, options in before:
                 for key in group.keys() - options.keys():
@@ -346,15 +410,26 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: all but the plan and the hooks."""
-        own = ("_own", "_complete", "_skipped", "_measured")
+        own = ("_own", "_complete", "_skipped", "_applied", "_measured")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as ``torch.optim.Optimizer.state_dict``.
+
+        Groups have, besides, the ``"seed"`` and the ``"step_count"`` that noise comes from.
+        """
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update(seed=self.seed, step_count=self._applied)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state of this class or of ``torch.optim.SGD``.
 
         Options that it does not have (``clip_value``, say, in PyTorch's) stay, averages that it
         does not have begin anew, and how the other one ran (``foreach``, ``fused``) is not taken
-        over; all else is as ``torch.optim.Optimizer.load_state_dict`` has it.
+        over. `master` and `velocity_dtype` stay, and what the state has is converted to them. All
+        else is as ``torch.optim.Optimizer.load_state_dict`` has it.
 
         Parameters
         ----------
@@ -369,7 +444,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         with self._all_or_nothing():
             hooks = (
                 self.register_load_state_dict_pre_hook(lambda _, state: self._adapted(state)),
-                self.register_load_state_dict_post_hook(lambda _: self._build(), prepend=True),
+                self.register_load_state_dict_post_hook(lambda _: self._loaded(), prepend=True),
             )
             try:
                 super().load_state_dict(state_dict)
@@ -379,25 +454,41 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         self._measured = (None, [])
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Complete a state's groups; refuse what PyTorch would keep unread, or cast."""
-        groups = []
-        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+        """Complete a state's groups; refuse, or hide, what PyTorch would keep unread, or cast."""
+        groups, state = [], {}
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)
+        for g, (own, saved) in enumerate(pairs):
             for key in {"lr", "momentum", "dampening", "weight_decay"} - saved.keys():
                 raise KeyError(f"state_dict['param_groups'] must have SGD's {key!r}")
-            groups.append({
+            group = {
                 **{key: own[key] for key in GROUP_OPTIONS}, **saved,
                 **{key: SWITCHED_OFF[key] for key in SWITCHED_OFF if key in saved},
-            })
+                **{key: own[key] for key in ("master", "velocity_dtype")},
+            }
+            if "step_count" in group:
+                self._applied = saved_count(
+                    group, "step_count", f"state_dict['param_groups'][{g}]")
+                del group["step_count"]
+            if "seed" in group:
+                self._own = {**self._own, "seed": group.pop("seed")}
+            groups.append(group)
         groups += state_dict["param_groups"][len(groups):]     # too many, which PyTorch refuses
         known = {i for group in groups for i in group["params"]}
         for i, entry in state_dict["state"].items():
             if i not in known or not isinstance(entry, Mapping):
                 got = type(entry).__name__ if i in known else "no such parameter"
                 raise ValueError(f"state[{i!r}] must be a parameter's dictionary, got {got}")
+            state[i] = {key: _Uncast(held) if isinstance(held, torch.Tensor) else held
+                        for key, held in entry.items()}
+        return {**state_dict, "param_groups": groups, "state": state}
+
+    def _loaded(self) -> None:
+        """Go on from what PyTorch has loaded."""
+        for param, entry in self.state.items():
             for key, held in entry.items():
-                if isinstance(held, torch.Tensor) and not held.is_floating_point():
-                    raise TypeError(f"state[{i!r}][{key!r}] must be real, got {held.dtype}")
-        return {**state_dict, "param_groups": groups}
+                if isinstance(held, _Uncast):
+                    entry[key] = held.tensor.to(param.device)
+        self._build(loaded=True)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -437,11 +528,13 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         scale = getattr(self, "grad_scale", None)
         applied = plan.step(grads, grad_scale=1.0 if scale is None else 1 / float(scale))
         self._measured = (plan.grad_norm, plan.nonfinite_params)
+        self._applied = plan.step_count
         if applied:
             # The plan writes behind autograd's back, which must learn of it.
             torch.autograd.graph.increment_version(taken)
-            if any(grads[i] is not None for i in self._waiting):
-                self._publish(plan)
+            started = [i for i in self._waiting if grads[i] is not None]
+            if started:
+                self._publish(plan, started)
         else:
             self._skipped += 1
         return loss
@@ -490,8 +583,11 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                 seen += id(param), key, _place(held)
         return seen
 
-    def _build(self) -> None:
-        """Build a plan for the tensors as they are, going on from what `state` holds."""
+    def _build(self, *, loaded: bool = False) -> None:
+        """Build a plan for the tensors as they are, going on from what `state` holds.
+
+        What was loaded may be another optimizer's, with masters in another form or none.
+        """
         self._plan = None
         self._owners: list[_Owner] = []
         names = [name for group in self.param_groups for name in group.get("param_names") or ()]
@@ -511,50 +607,91 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         options = self._own_numbers()
         if not self._owners:
             return
+        ema_decay = options.pop("ema_decay")
         velocities: list[Any] = [None] * len(self._owners)
+        masters: list[tuple[int, dict[str, Any], str, Any]] = []
         entries: list[dict[str, Any]] = [{"first_step": True} for _ in self._owners]
-        changed = []
+        changed: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
         for i, owner in enumerate(self._owners):
             lazy = torch.nn.parameter.is_lazy(owner.param)
             held = {} if lazy else self.state.get(owner.param, {})
             for key, old in held.items():
                 where = f"state[{i}][{key!r}]"
-                if key != owner.velocity_key and (key != "ema" or self.ema_decay is None):
+                if key not in {owner.velocity_key, *MASTER_KEYS.values()} and (
+                    key != "ema" or ema_decay is None
+                ):
                     raise ValueError(
-                        f"{where} is nothing to go on from with ema_decay={self.ema_decay!r} and "
+                        f"{where} is nothing to go on from with ema_decay={ema_decay!r} and "
                         f"lr_in_velocity={owner.group['lr_in_velocity']!r}"
                     )
                 if old is None:
                     continue
-                tensor = owner.steppable(old, where, lent=key != "ema")
+                dtype = getattr(old, "dtype", None)
+                if loaded and key == "low_bits" and dtype == owner.param.dtype:
+                    changed.append((held, key, None))   # PyTorch has cast it, as all it loads
+                    continue
+                tensor = owner.steppable(key, old, where)
                 if tensor is not old:
                     changed.append((held, key, tensor))
                 if key == "ema":
                     entries[i]["ema"] = owner.turned(tensor).detach().numpy()
-                else:
+                elif key == owner.velocity_key:
                     velocities[i] = owner.turned(tensor) if owner.group["momentum"] else None
                     entries[i]["first_step"] = False
+                else:
+                    masters.append((i, held, key, owner.turned(tensor).detach().numpy()))
         moving = any(group["momentum"] for group in groups)
         plan = optcore.SGD(groups, velocities=velocities if moving else None, **options)
-        plan._restore(plan.param_groups, entries, {}, (0, 0))
+        lent: list[Any] = [None] * len(self._owners)
+        for i, held, key, array in masters:
+            owner, own = self._owners[i], plan._masters[i]
+            wanted = None if own is None else MASTER_KEYS[own.dtype]
+            if key == wanted:
+                lent[i] = array.view(own.dtype)
+            elif not loaded:
+                raise ValueError(
+                    f"state[{i}][{key!r}] is nothing to go on from with "
+                    f"master={owner.group['master']!r} and {owner.param.dtype}: "
+                    f"del opt.state[p][{key!r}] steps from the parameter as it is"
+                )
+            else:
+                changed.append((held, key, None))
+                if wanted is not None and wanted not in held and (
+                    owner.param.dtype == torch.bfloat16
+                ):
+                    lent[i] = owner.converted(key, array)
+                    changed.append((held, wanted, owner.lent(lent[i])))
+        plan._lend_masters(lent)
+        plan.ema_decay = ema_decay      # averages begin at the masters
+        plan._restore(plan.param_groups, entries, {}, (self._applied, 0))
         # Nothing from here on can fail
-        for held, key, tensor in changed:
-            held[key] = tensor
-        if self.ema_decay is not None:
+        for held, key, new in changed:
+            if new is None:
+                del held[key]
+            else:
+                held[key] = new
+        if ema_decay is not None:
             for owner, entry in zip(self._owners, plan._state, strict=True):
                 if not torch.nn.parameter.is_lazy(owner.param):
                     self.state[owner.param]["ema"] = owner.lent(entry["ema"])
-        self._waiting = [i for i, owner in enumerate(self._owners)
-                         if velocities[i] is None and owner.group["momentum"]]
+        self._waiting = [
+            i for i, owner in enumerate(self._owners)
+            if (velocities[i] is None and owner.group["momentum"])
+            or (lent[i] is None and plan._masters[i] is not None)
+        ]
         self._seen = self._look()
         self._plan = plan
 
-    def _publish(self, plan: optcore.SGD) -> None:
-        """Put velocities that have started into `state`."""
-        entries = plan._state
-        for i in self._waiting:
-            if not entries[i]["first_step"]:
-                owner = self._owners[i]
-                self.state[owner.param][owner.velocity_key] = owner.lent(entries[i]["velocity"])
-        self._waiting = [i for i in self._waiting if entries[i]["first_step"]]
+    def _publish(self, plan: optcore.SGD, started: list[int]) -> None:
+        """Put into `state` what a first gradient has brought into use."""
+        entries, masters = plan._state, plan._masters
+        for i in started:
+            owner = self._owners[i]
+            held = self.state[owner.param]
+            if owner.group["momentum"] and held.get(owner.velocity_key) is None:
+                held[owner.velocity_key] = owner.lent(entries[i]["velocity"])
+            master = masters[i]
+            if master is not None and held.get(MASTER_KEYS[master.dtype]) is None:
+                held[MASTER_KEYS[master.dtype]] = owner.lent(master)
+        self._waiting = [i for i in self._waiting if i not in started]
         self._seen = self._look()
