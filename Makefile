@@ -9,6 +9,8 @@
 #   make docs-links  ask the network whether the documentation's links to elsewhere are alive
 #   make bench       the engine's benchmarks and their report: bench/results/
 #   make bench-peers whole models and single vectors against PyTorch, JAX, Numba and BLAS
+#   make bench-storage
+#                    float32 against narrow storage, and PyTorch's steps of bfloat16
 #   make wheel       build/dist/*.whl
 #   make clean       remove all that was built
 
@@ -21,7 +23,7 @@ SOURCES := pyproject.toml setup.py \
     $(wildcard optcore/*.p* python/optcore/*.p* python/optcore/include/*.h)
 VENVS := build/venv
 
-.PHONY: help demo test arm64 lint gallery docs docs-links bench bench-peers wheel clean
+.PHONY: help demo test arm64 lint gallery docs docs-links bench bench-peers bench-storage wheel clean
 .SECONDARY:
 
 help:
@@ -56,6 +58,9 @@ bench: $(VENVS)/bench/.installed
 
 bench-peers: $(VENVS)/bench-peers/.installed
 	$(VENVS)/bench-peers/bin/python bench/run.py peers --out bench/results $(BENCH_ARGS)
+
+bench-storage: $(VENVS)/bench-peers/.installed
+	$(VENVS)/bench-peers/bin/python bench/run.py storage --out bench/results $(BENCH_ARGS)
 
 wheel: build/wheel.stamp
 

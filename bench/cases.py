@@ -1,7 +1,7 @@
 """What is measured: a step of one job over one workload, and the arrays it works on."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -23,11 +23,16 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 MAX_NORM = 1.0
 EMA_DECAY = 0.9
+SEED = 0
 PIPELINE = "pipeline"       # clip by norm, coupled decay, Nesterov, average, zero gradients
 
 # One period of the data. Every tensor repeats it from its start, so that the reference need
 # only be worked out for one period; prime, so that no block of a loop coincides with it.
 PERIOD = 65_537
+# Noise has no period: of what is rounded by it so many stretches are compared, evenly spread.
+NOISY_STRETCHES = 16
+# What a run of the noise adds to its key in `reference.noise`
+NEXT_RUN = 0x9E3779B97F4A7C15
 
 # Where malloc puts a block: from so many bytes on (glibc's M_MMAP_THRESHOLD) in pages of its
 # own, behind a header.
@@ -46,6 +51,51 @@ def shapes_of(workload: str) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """The types that a step's arrays are kept in, by name, and how they are rounded."""
+
+    param: str = "float32"
+    grad: str = "float32"
+    velocity: str = "float32"
+    master: str | None = None
+    rounding: str = "stochastic"
+
+    @property
+    def same(self) -> str | None:
+        """The one type of all arrays, if there is one."""
+        alike = self.param == self.grad == self.velocity and self.master is None
+        return self.param if alike else None
+
+    @property
+    def master_dtype(self) -> str | None:
+        """What is kept of a parameter besides itself."""
+        return {"split": "uint16", "float32": "float32"}.get(self.master)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How `optcore.SGD` is told."""
+        return {
+            "master": self.master, "rounding": self.rounding, "velocity_dtype": self.velocity
+        }
+
+
+HALF = "all bfloat16"
+# What is measured against float32. Those that name a velocity differ from others by it alone.
+STORAGES = {
+    "float32": Storage(),
+    "bfloat16 velocity": Storage(velocity="bfloat16"),
+    "bfloat16 gradients and velocity": Storage(grad="bfloat16", velocity="bfloat16"),
+    "split, bfloat16 gradients": Storage("bfloat16", "bfloat16", master="split"),
+    "split, bfloat16 gradients and velocity": Storage(*["bfloat16"] * 3, master="split"),
+    "float32 master, bfloat16 gradients": Storage("bfloat16", "bfloat16", master="float32"),
+    HALF: Storage(*["bfloat16"] * 3),
+    f"{HALF}, to the nearest": Storage(*["bfloat16"] * 3, rounding="nearest"),
+    "float16, float32 master": Storage("float16", "float16", master="float32"),
+    "float16, no master": Storage("float16", "float16"),
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """One group of measurements that may be compared with each other."""
 
@@ -53,6 +103,25 @@ class Case:
     workload: str           # a key of MODELS, or the length of a single vector
     dtype: str = "float32"
     threads: int = 1
+    storage: str | None = None      # a key of STORAGES; None: all arrays are of `dtype`
+
+    @property
+    def stored(self) -> Storage:
+        """What the arrays are kept in."""
+        return STORAGES[self.storage] if self.storage else Storage(*[self.dtype] * 3)
+
+    @property
+    def stored_as(self) -> str:
+        """What reports call that."""
+        return self.storage or self.dtype
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a step rounds by noise."""
+        stored = self.stored
+        kept = [*[stored.param] * (stored.master is None), *[stored.velocity] * self.n_states]
+        narrow = any(name in reference.FRACTION_BITS for name in kept)
+        return narrow and stored.rounding == "stochastic"
 
     @property
     def rule(self) -> reference.Rule:
@@ -75,15 +144,26 @@ class Case:
         return "full pipeline" if self.pipeline else self.rule.label
 
     @property
-    def streams(self) -> int:
-        """Elements read and written for each parameter."""
-        # The pipeline reads the gradient twice and zeroes it, and updates the average.
-        return 3 + 2 * len(self.rule.states) + (4 if self.pipeline else 0)
+    def n_states(self) -> int:
+        """Arrays that the rule has besides parameter and gradient."""
+        return len(self.rule.states)
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes that a step must move for each parameter."""
+        stored = self.stored
+        written = [stored.param, stored.master_dtype, *[stored.velocity] * self.n_states]
+        read = [stored.grad]
+        if self.pipeline:
+            # It reads the gradient twice and zeroes it, and updates the average.
+            written.append(stored.param)
+            read *= 3
+        return sum(dtype_of(name).itemsize for name in [*written * 2, *read] if name)
 
     @property
     def n_bytes(self) -> int:
         """Bytes that a step must move."""
-        return self.streams * np.dtype(self.dtype).itemsize * count_of(self.workload)
+        return self.bytes_each * count_of(self.workload)
 
     @property
     def options(self) -> reference.Options:
@@ -93,6 +173,8 @@ class Case:
     def optimizer(self, params: Any, **more: Any) -> optcore.SGD:
         """Return the whole-model optimizer."""
         options = {key: getattr(self.options, key) for key in ("lr", *self.rule.scalars)}
+        if self.storage:
+            options |= {"seed": SEED, **self.stored.options}
         if self.pipeline:
             options |= {
                 "weight_decay": WEIGHT_DECAY, "max_norm": MAX_NORM, "ema_decay": EMA_DECAY
@@ -108,6 +190,8 @@ class Run:
     params: Callable[[], Sequence[np.ndarray]]
     averages: Callable[[], Sequence[np.ndarray]] = tuple
     calls: int = 1          # steps that one call of `step` takes
+    # One period of the parameters after two steps, where it rounds otherwise than the reference
+    expected: np.ndarray | None = None
     close: Callable[[], object] = bool
 
 
@@ -118,11 +202,13 @@ class Arrays:
         self.case = case
         shapes = shapes_of(case.workload)
         rng = np.random.default_rng(7)
-        self._pattern = {
-            name: rng.standard_normal(PERIOD).astype(case.dtype) for name in ("x", "g")
+        types = {"x": case.stored.param, "g": case.stored.grad}
+        self.pattern = {
+            name: kept_in(dtype, rng.standard_normal(PERIOD)) for name, dtype in types.items()
         }
-        self.x = [fresh_empty(shape, case.dtype) for shape in shapes]
-        self.g = [fresh_empty(shape, case.dtype) for shape in shapes]
+        self.x, self.g = (
+            [fresh_empty(shape, dtype_of(dtype)) for shape in shapes] for dtype in types.values()
+        )
 
     def states(self) -> list[list[np.ndarray]]:
         """Return zeros for each state, an array a tensor, as a user allocates them."""
@@ -135,34 +221,61 @@ class Arrays:
     def reset(self) -> None:
         """Return to the state before the first step."""
         for x in self.x:
-            _repeat(self._pattern["x"], x)
+            _repeat(self.pattern["x"], x)
         self.reset_gradients()
 
     def reset_gradients(self) -> None:
         """Fill the gradients as they are before the first step."""
         for g in self.g:
-            _repeat(self._pattern["g"], g)
+            _repeat(self.pattern["g"], g)
 
     @cached_property
     def expected(self) -> tuple[np.ndarray, np.ndarray | None]:
         """One period of the parameters and averages after two steps."""
-        case = self.case
-        x, g = self._pattern["x"], self._pattern["g"]
-        states = [np.zeros_like(x) for _ in case.rule.states]
+        return self.expected_from(0)
+
+    def expected_from(self, begin: int, tensor: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return as much from an element on, where a run of the noise begins."""
+        case, stored = self.case, self.case.stored
+        at = np.arange(begin, begin + PERIOD) % PERIOD
+        x, g = self.pattern["x"][at], self.pattern["g"][at]
+        states = [kept_in(stored.velocity, np.zeros(PERIOD)) for _ in case.rule.states]
         average = x if case.pipeline else None
-        for _ in range(2):
-            options = case.options
+        if stored.master:
+            x = reference.widened(x)
+        for count in range(2):
+            options, how = case.options, {}
+            if case.noisy:
+                key = reference.noise_key(SEED, count, tensor)
+                key = (key + begin // reference.GRID * NEXT_RUN) % 2**64
+                how = {"rounding": stored.rounding, "noise_key": key}
             if case.pipeline:
                 norm = _norm(g, [a.size for a in self.x])
                 options = replace(
                     options, weight_decay=WEIGHT_DECAY,
                     grad_scale=min(1.0, MAX_NORM / (norm + 1e-6)),
                 )
-            x, states = case.rule.reference(x, g, states, options)
+            x, states = case.rule.reference(x, g, states, options, **how)
             if case.pipeline:
                 average = reference.averaged(average, x, EMA_DECAY)
                 g = np.zeros_like(g)
+        if stored.master:
+            x = reference.split(x)[0] if stored.master == "split" else kept_in(stored.param, x)
         return x, average
+
+    def _stretches(
+        self, run: Run, tensor: int, n: int
+    ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray | None]]]:
+        """Yield where the stretches of a tensor begin that are compared, and what is expected."""
+        if run.expected is not None or not self.case.noisy:
+            expected = self.expected if run.expected is None else (run.expected, None)
+            for begin in range(0, n, PERIOD):
+                yield begin, expected
+            return
+        spread = np.linspace(0, max(0, n - PERIOD), min(NOISY_STRETCHES, -(-n // PERIOD)))
+        for begin in spread.astype(int):
+            begin += -begin % reference.GRID
+            yield begin, self.expected_from(int(begin), tensor)
 
     def check(self, run: Run, *, exact: bool) -> None:
         """Take two steps and compare with the reference: bits, or closeness of a peer.
@@ -176,11 +289,24 @@ class Arrays:
         if not self.case.pipeline:
             self.reset_gradients()      # some peers (PyTorch's foreach Nesterov) change them
         run.step()
-        x, average = self.expected
-        for results, period in [(run.params(), x), (run.averages(), average)]:
+        for column, results in enumerate([run.params(), run.averages()]):
             for i, result in enumerate(results):
-                same = _compare(np.asarray(result).reshape(-1), period, exact)
-                assert same, f"tensor {i} is not what the reference has"
+                flat = np.asarray(result).reshape(-1)
+                for begin, expected in self._stretches(run, i, flat.size):
+                    same = _compare(flat[begin : begin + PERIOD], expected[column], exact)
+                    assert same, f"tensor {i} is not what the reference has"
+
+
+def dtype_of(name: str) -> np.dtype:
+    """Return a dtype by its name; NumPy has none of bfloat16."""
+    return reference.BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+def kept_in(name: str, values: np.ndarray) -> np.ndarray:
+    """Return values in a type, the nearest."""
+    if name in reference.FRACTION_BITS:
+        return reference.rounded(values.astype(np.float32), name)
+    return values.astype(name)
 
 
 def fresh_empty(shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
@@ -219,15 +345,16 @@ def _repeat(pattern: np.ndarray, out: np.ndarray) -> None:
     flat[whole:] = pattern[: flat.size - whole]
 
 
-def _compare(flat: np.ndarray, period: np.ndarray, exact: bool) -> bool:
+def _compare(part: np.ndarray, period: np.ndarray, exact: bool) -> bool:
+    want = period[: part.size]
+    if exact:
+        return reference.same_bits(part, want)
+    if (name := reference.type_name(want)) in reference.FRACTION_BITS:
+        # A step is tens of ulp: two of each value, or of the largest that was added to one.
+        part, want = reference.widened(part), reference.widened(want)
+        unit = 2.0 ** -reference.FRACTION_BITS[name]
+        size = np.abs(want)
+        return bool(np.all(np.abs(part - want) <= 2 * unit * np.maximum(size, LR * size.max())))
     # A few ulp at the largest values for those that may round otherwise than the reference.
     tolerance = 16 * np.finfo(period.dtype).eps * np.abs(period).max()
-    for start in range(0, flat.size, PERIOD):
-        part = flat[start : start + PERIOD]
-        want = period[: part.size]
-        if exact:
-            if not reference.same_bits(part, want):
-                return False
-        elif not np.allclose(part, want, rtol=0, atol=tolerance):
-            return False
-    return True
+    return np.allclose(part, want, rtol=0, atol=tolerance)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -30,6 +30,7 @@ FUNCTION = "optcore, function"
 STEP = "optcore, step()"
 STEP_LIST = "optcore, step(list)"
 ALONE = "optcore, step(), one thread"
+WIDE = "optcore, step(), float32"
 LIMIT = "memory limit"
 
 
@@ -245,6 +246,13 @@ def build_alone(case: Case, arrays: Arrays) -> Run:
     return build_step(case, arrays)
 
 
+def build_wide(case: Case, arrays: Arrays) -> Run:
+    """Step arrays of float32 where the case has others: what narrow ones gain, likewise."""
+    wide = Arrays(replace(case, storage=None))
+    wide.reset()
+    return build_step(wide.case, wide)
+
+
 NUMPY = [Contender(LITERAL, build_literal), Contender(OUT, build_out, jobs=(*OUTS, PIPELINE))]
 
 # The best level's name is that of the API alone, so that both suites and the targets share it.
@@ -263,3 +271,5 @@ OPTCORE = [
     Contender(FUNCTION, build_function, workloads=is_vector, exact=True, threaded=True),
 ]
 OPTCORE_ALONE = Contender(ALONE, build_alone, exact=True, threaded=True)
+# Checked where it is the case: here its results are not the case's.
+OPTCORE_WIDE = Contender(WIDE, build_wide, threaded=True, checked=False)

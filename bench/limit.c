@@ -1,9 +1,11 @@
 /* The memory limit: the traffic of each step in the plainest loop, on memory as good as it gets.
 
-   Built for the machine it runs on, free to fuse and reorder, without a check or an option. Each
-   function takes `calls` steps, so that the cost of a call from Python vanishes at small sizes.
-   Static shares go to the same thread in every step; what a core has cached it meets again. */
+   Built for the machine it runs on, free to fuse and reorder, without a check or an option. A call
+   takes `calls` steps, so that what it costs from Python vanishes at small sizes. Static shares go
+   to the same thread in every step; what a core has cached it meets again. */
 #include <stddef.h>
+#include <stdint.h>
+#include <string.h>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -17,29 +19,106 @@ int limit_openmp(void)
 #endif
 }
 
-/* An arena's columns: parameter, gradient, velocity, average. */
-#define STEPS(T, NAME)                                                                           \
-    static void sgd_##NAME(T *restrict x, const T *restrict g, size_t n, T lr)                   \
+/* What a column may hold, and what it is in arithmetic: the nearest, ties to even. NaN and what is
+   too large are nobody's here. */
+typedef float float32;
+typedef double float64;
+typedef uint16_t bfloat16, float16;
+
+static inline uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float from_float32(float32 x) { return x; }
+static inline float32 to_float32(float x) { return x; }
+static inline double from_float64(float64 x) { return x; }
+static inline float64 to_float64(double x) { return x; }
+static inline float from_bfloat16(bfloat16 x) { return float_of((uint32_t)x << 16); }
+
+static inline bfloat16 to_bfloat16(float x)
+{
+    uint32_t bits = bits_of(x);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+static inline float from_float16(float16 x)
+{
+    return float_of((uint32_t)(x & 0x8000) << 16 | (uint32_t)(x & 0x7FFF) << 13) * 0x1p112f;
+}
+
+static inline float16 to_float16(float x)
+{
+    uint32_t bits = bits_of(x * 0x1p-112f);
+    return (bits >> 16 & 0x8000) | ((bits & 0x7FFFFFFF) + 0xFFF + (bits >> 13 & 1)) >> 13;
+}
+
+/* What is kept of a parameter besides itself. A float32 gives way to a parameter that was set. */
+typedef char none;
+typedef uint16_t split;
+#define GET_none(X) from_##X(x[i])
+#define PUT_none(X, value) x[i] = to_##X(value)
+#define GET_split(X) float_of(((uint32_t)x[i] << 16) + (uint32_t)(int16_t)m[i])
+#define PUT_split(X, value) x[i] = (bits_of(value) + 0x8000) >> 16, m[i] = bits_of(value)
+#define GET_float32(X) (to_##X(m[i]) == x[i] ? m[i] : from_##X(x[i]))
+#define PUT_float32(X, value) m[i] = value, x[i] = to_##X(value)
+
+/* A step of elements from `i` on of an arena's columns: parameter, gradient, velocity, average or
+   master; then a place of each share for what it sums. */
+enum { X_, G_, V_, M_, SUMS };
+typedef void Step(void **p, size_t i, size_t n, int share);
+
+#define STEPS_OF(NAME, T, X, M, G, V)                                                            \
+    static inline void sgd_of_##NAME(X *restrict x, const G *restrict g, M *restrict m, size_t n,\
+                                     T lr)                                                       \
     {                                                                                            \
-        for (size_t i = 0; i < n; i++) x[i] -= lr * g[i];                                        \
-    }                                                                                            \
-    static void momentum_##NAME(T *restrict x, const T *restrict g, T *restrict v, size_t n,     \
-                                T lr, T rho)                                                     \
-    {                                                                                            \
+        (void)m;                                                                                 \
         for (size_t i = 0; i < n; i++) {                                                         \
-            T vi = rho * v[i] + g[i];                                                            \
-            v[i] = vi;                                                                           \
-            x[i] -= lr * vi;                                                                     \
+            T xi = GET_##M(X) - lr * from_##G(g[i]);                                             \
+            PUT_##M(X, xi);                                                                      \
         }                                                                                        \
     }                                                                                            \
-    static T norm_##NAME(const T *restrict g, size_t n)                                          \
+    static inline void momentum_of_##NAME(X *restrict x, const G *restrict g, V *restrict v,     \
+                                          M *restrict m, size_t n, T lr, T rho)                  \
+    {                                                                                            \
+        (void)m;                                                                                 \
+        for (size_t i = 0; i < n; i++) {                                                         \
+            T vi = rho * from_##V(v[i]) + from_##G(g[i]);                                        \
+            T xi = GET_##M(X) - lr * vi;                                                         \
+            v[i] = to_##V(vi);                                                                   \
+            PUT_##M(X, xi);                                                                      \
+        }                                                                                        \
+    }                                                                                            \
+    void sgd_##NAME(void **p, size_t i, size_t n, int share)                                     \
+    {                                                                                            \
+        (void)share;                                                                             \
+        sgd_of_##NAME((X *)p[X_] + i, (G *)p[G_] + i, (M *)p[M_] + i, n, (T)0.1);                \
+    }                                                                                            \
+    void momentum_##NAME(void **p, size_t i, size_t n, int share)                                \
+    {                                                                                            \
+        (void)share;                                                                             \
+        momentum_of_##NAME((X *)p[X_] + i, (G *)p[G_] + i, (V *)p[V_] + i, (M *)p[M_] + i, n,    \
+                           (T)0.1, (T)0.9);                                                      \
+    }
+
+#define PIPELINE(T)                                                                              \
+    static inline T squares_of_##T(const T *restrict g, size_t n)                                \
     {                                                                                            \
         T sum = 0;                                                                               \
         for (size_t i = 0; i < n; i++) sum += g[i] * g[i];                                       \
         return sum;                                                                              \
     }                                                                                            \
-    static void pipeline_##NAME(T *restrict x, T *restrict g, T *restrict v, T *restrict e,      \
-                                size_t n, T lr, T rho)                                           \
+    static inline void pipeline_of_##T(T *restrict x, T *restrict g, T *restrict v,              \
+                                       T *restrict e, size_t n, T lr, T rho)                     \
     {                                                                                            \
         for (size_t i = 0; i < n; i++) {                                                         \
             T vi = rho * v[i] + g[i];                                                            \
@@ -50,38 +129,51 @@ int limit_openmp(void)
             g[i] = 0;                                                                            \
         }                                                                                        \
     }                                                                                            \
-    static void share_##NAME(int streams, T **p, size_t n, int threads, int share, T *norm)      \
+    void norm_##T(void **p, size_t i, size_t n, int share)                                       \
     {                                                                                            \
-        size_t size = (n / threads + 63) / 64 * 64;                                              \
-        size_t begin = size * share < n ? size * share : n;                                      \
-        size_t count = share + 1 == threads || begin + size > n ? n - begin : size;              \
-        if (norm)                                                                                \
-            *norm = norm_##NAME(p[1] + begin, count);                                            \
-        else if (streams == 3)                                                                   \
-            sgd_##NAME(p[0] + begin, p[1] + begin, count, (T)0.1);                               \
-        else if (streams == 5)                                                                   \
-            momentum_##NAME(p[0] + begin, p[1] + begin, p[2] + begin, count, (T)0.1, (T)0.9);    \
-        else                                                                                     \
-            pipeline_##NAME(p[0] + begin, p[1] + begin, p[2] + begin, p[3] + begin, count,       \
-                            (T)0.1, (T)0.9);                                                     \
+        ((T *)p[SUMS])[64 * share] = squares_of_##T((T *)p[G_] + i, n);                          \
     }                                                                                            \
-    static void all_##NAME(int streams, T **p, size_t n, int threads, T *norm)                   \
+    void pipeline_##T(void **p, size_t i, size_t n, int share)                                   \
     {                                                                                            \
-        if (threads == 1) {                                                                      \
-            share_##NAME(streams, p, n, 1, 0, norm);                                             \
-            return;                                                                              \
-        }                                                                                        \
-        _Pragma("omp parallel for num_threads(threads) schedule(static, 1)")                     \
-        for (int share = 0; share < threads; share++)                                            \
-            share_##NAME(streams, p, n, threads, share, norm ? norm + 64 * share : NULL);        \
-    }                                                                                            \
-    void limit_##NAME(int streams, T **p, size_t n, int threads, int calls, T *norms)            \
-    {                                                                                            \
-        for (int call = 0; call < calls; call++) {                                               \
-            if (streams == 9) all_##NAME(streams, p, n, threads, norms);                         \
-            all_##NAME(streams, p, n, threads, NULL);                                            \
-        }                                                                                        \
+        (void)share;                                                                             \
+        pipeline_of_##T((T *)p[X_] + i, (T *)p[G_] + i, (T *)p[V_] + i, (T *)p[M_] + i, n,       \
+                        (T)0.1, (T)0.9);                                                         \
     }
 
-STEPS(float, float32)
-STEPS(double, float64)
+#define STEPS(T, X, M, G, V) STEPS_OF(X##_##M##_##G##_##V, T, X, M, G, V)
+
+STEPS(float, float32, none, float32, float32)
+STEPS(double, float64, none, float64, float64)
+STEPS(float, float32, none, float32, bfloat16)
+STEPS(float, float32, none, bfloat16, bfloat16)
+STEPS(float, bfloat16, split, bfloat16, float32)
+STEPS(float, bfloat16, split, bfloat16, bfloat16)
+STEPS(float, bfloat16, float32, bfloat16, float32)
+STEPS(float, bfloat16, none, bfloat16, bfloat16)
+STEPS(float, float16, float32, float16, float32)
+STEPS(float, float16, none, float16, float32)
+PIPELINE(float32)
+PIPELINE(float64)
+
+static void share_out(Step *step, void **p, size_t n, int threads)
+{
+    size_t size = (n / threads + 63) / 64 * 64;
+    if (threads == 1) {
+        step(p, 0, n, 0);
+        return;
+    }
+    _Pragma("omp parallel for num_threads(threads) schedule(static, 1)")
+    for (int share = 0; share < threads; share++) {
+        size_t begin = size * share < n ? size * share : n;
+        step(p, begin, share + 1 == threads || begin + size > n ? n - begin : size, share);
+    }
+}
+
+/* `before` is what reads all before the step, or NULL. */
+void limit(Step *before, Step *step, void **p, size_t n, int threads, int calls)
+{
+    for (int call = 0; call < calls; call++) {
+        if (before) share_out(before, p, n, threads);
+        share_out(step, p, n, threads);
+    }
+}

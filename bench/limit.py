@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from cases import PIPELINE, RULES, Arrays, Case, Run, count_of
+from cases import PIPELINE, RULES, Arrays, Case, Run, count_of, dtype_of, kept_in
 from contenders import LIMIT, Contender
 
 HUGE_PAGE = 2 << 20
@@ -54,44 +54,57 @@ def library(source: str, folder: Path) -> ctypes.CDLL:
     raise NoCompilerError(done.stderr.strip().splitlines()[-1])
 
 
-def _columns(count: int, n: int, dtype: str) -> tuple[list[np.ndarray], mmap.mmap]:
-    """Return zeroed arrays in 2 MiB-aligned memory with huge pages advised."""
-    itemsize = np.dtype(dtype).itemsize
-    pitch = -(-n * itemsize // HUGE_PAGE) * HUGE_PAGE
-    memory = mmap.mmap(-1, count * pitch + HUGE_PAGE)
+def _columns(dtypes: list[str], n: int) -> tuple[list[np.ndarray], mmap.mmap]:
+    """Return arrays of 0.5 in 2 MiB-aligned memory with huge pages advised."""
+    sizes = [-(-n * dtype_of(dtype).itemsize // HUGE_PAGE) * HUGE_PAGE for dtype in dtypes]
+    memory = mmap.mmap(-1, sum(sizes) + HUGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     base = np.frombuffer(memory, np.uint8)
     start = -base.ctypes.data % HUGE_PAGE
-    columns = [
-        np.frombuffer(memory, dtype, count=n, offset=start + i * pitch)
-        for i in range(count)
-    ]
-    for column in columns:
-        column.fill(0.5)
+    columns = []
+    for dtype, size in zip(dtypes, sizes, strict=True):
+        columns.append(np.frombuffer(memory, dtype_of(dtype), count=n, offset=start))
+        columns[-1][...] = kept_in(dtype, np.full(1, 0.5))
+        start += size
     return columns, memory
+
+
+def _kernels(case: Case) -> list[str | None]:
+    """Return what limit.c calls the pass before a step, if any, and the step."""
+    if case.pipeline:
+        return [f"norm_{case.dtype}", f"pipeline_{case.dtype}"]
+    stored = case.stored
+    types = [stored.param, stored.master or "none", stored.grad, stored.velocity]
+    return [None, "_".join(["momentum" if case.n_states else "sgd", *types])]
 
 
 def limit_contender(folder: Path) -> Contender:
     """Return the limit as one more implementation, measured next to the others."""
 
     def build(case: Case, arrays: Arrays) -> Run:
-        kernel = getattr(library("limit.c", folder), f"limit_{case.dtype}")
+        compiled = library("limit.c", folder)
+        kernels = [name and getattr(compiled, name) for name in _kernels(case)]
         n = count_of(case.workload)
-        streams = case.streams
-        columns, memory = _columns(2 + len(case.rule.states) + case.pipeline, n, case.dtype)
-        pointers = (ctypes.c_void_p * 4)(*[column.ctypes.data for column in columns])
+        stored = case.stored
+        fourth = stored.param if case.pipeline else stored.master_dtype
+        dtypes = [stored.param, stored.grad, stored.velocity if case.n_states else None, fourth]
+        columns, memory = _columns([dtype for dtype in dtypes if dtype], n)
         threads = case.threads if n >= THREADED_FROM else 1
-        norms = np.zeros(64 * threads, case.dtype)      # each thread's on lines of its own
+        sums = np.zeros(64 * threads, case.dtype)       # each thread's on lines of its own
+        places = iter([*columns, sums])
+        pointers = (ctypes.c_void_p * 5)(*[
+            next(places).ctypes.data if dtype else None for dtype in [*dtypes, case.dtype]
+        ])
         calls = max(1, min(1000, 1_000_000 // n))
 
         def step() -> None:
-            kernel(
-                ctypes.c_int(streams), pointers, ctypes.c_size_t(n), ctypes.c_int(threads),
-                ctypes.c_int(calls), ctypes.c_void_p(norms.ctypes.data),
+            compiled.limit(
+                *kernels, pointers, ctypes.c_size_t(n), ctypes.c_int(threads),
+                ctypes.c_int(calls),
             )
 
-        return Run(step, lambda: columns[:1], calls=calls, close=lambda: memory)
+        return Run(step, lambda: columns[:1], calls=calls, close=lambda: (memory, sums))
 
     # limit.c has a loop without a state and one with one
     jobs = [job for job, rule in RULES.items() if len(rule.states) < 2]

@@ -7,11 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from apart import build_apart
 from cases import (
     EMA_DECAY,
+    HALF,
     LR,
     MAX_NORM,
     MOMENTUM,
@@ -19,9 +21,12 @@ from cases import (
     Arrays,
     Case,
     Run,
+    kept_in,
 )
 from contenders import LIMIT, Contender
 from limit import NoCompilerError, compiler
+
+import reference
 
 # Modules a peer needs, and the distributions whose versions a report gives.
 MODULES = {"PyTorch": ["torch"], "Numba": ["numba"], "JAX": ["jax", "optax"], "BLAS": ["scipy"]}
@@ -38,10 +43,15 @@ def missing(modules: list[str]) -> list[str]:
     return absent
 
 
-def versions() -> dict[str, str]:
-    """Return the version of every peer's distribution, or "absent"."""
+def measured_in(suite: str) -> list[str]:
+    """Return the peers of a suite, and what has to be compiled for it."""
+    return ["PyTorch", LIMIT] if suite == "storage" else [*MODULES, LIMIT, COMPILED]
+
+
+def versions(suite: str = "peers") -> dict[str, str]:
+    """Return the version of the distribution of every peer of a suite, or "absent"."""
     found = {}
-    for module in sorted({module for modules in MODULES.values() for module in modules}):
+    for module in sorted({m for name in measured_in(suite) for m in MODULES.get(name, ())}):
         try:
             found[module] = importlib.metadata.version(module)
         except importlib.metadata.PackageNotFoundError:
@@ -51,13 +61,39 @@ def versions() -> dict[str, str]:
 
 # PyTorch
 
+def _tensor(a: np.ndarray) -> Any:
+    import torch
+
+    if reference.type_name(a) == "bfloat16":
+        return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+def rounded_in_each(case: Case, x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Return the parameters of half types after two steps whose every operation is rounded.
+
+    PyTorch rounds also the learning rate, and foreach the momentum: some results are the next.
+    """
+    def near(values: np.ndarray) -> np.ndarray:
+        return reference.widened(kept_in(case.stored.same, values))
+
+    o = case.options
+    x, g = reference.widened(x), reference.widened(g)
+    v = g
+    for count in range(2):
+        if case.rule.has_momentum and count:
+            v = near(near(np.float32(o.momentum) * v) + g)
+        x = near(x - np.float32(o.lr) * v)
+    return kept_in(case.stored.same, x)
+
+
 def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Run:
     import torch
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-    params = [torch.from_numpy(x).requires_grad_() for x in arrays.x]
+    params = [_tensor(x).requires_grad_() for x in arrays.x]
     for param, g in zip(params, arrays.g, strict=True):
-        param.grad = torch.from_numpy(g)
+        param.grad = _tensor(g)
     opt = torch.optim.SGD(
         params, lr=LR, momentum=MOMENTUM if case.rule.has_momentum else 0,
         nesterov=case.rule.name == "nesterov",
@@ -72,7 +108,10 @@ def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Ru
             opt.state[param]["momentum_buffer"] = torch.zeros_like(param)
         return Run(torch.compile(opt.step), lambda: arrays.x)
     if not case.pipeline:
-        return Run(opt.step, lambda: arrays.x)
+        expected = None
+        if case.stored.same in reference.FRACTION_BITS:
+            expected = rounded_in_each(case, **arrays.pattern)
+        return Run(opt.step, lambda: arrays.x, expected=expected)
     averages = [param.detach().clone() for param in params]
     average = get_ema_multi_avg_fn(EMA_DECAY)
     clip = partial(
@@ -251,6 +290,9 @@ def build_axpy(case: Case, arrays: Arrays) -> Run:
     return Run(step, lambda: arrays.x)
 
 
+# Which of PyTorch's steps of half types are measured, if they are right
+HALVES = ("PyTorch, for-loop", "PyTorch, foreach", "PyTorch, fused")
+
 _CANDIDATES = {
     "PyTorch": [
         Contender("PyTorch, for-loop", partial(build_torch, implementation=None), threaded=True),
@@ -281,15 +323,31 @@ def installed() -> list[Contender]:
     ]
 
 
-def absent() -> dict[str, list[str]]:
-    """Return what cannot be measured, and what each lacks."""
+def wrong() -> list[str]:
+    """Return which steps of bfloat16 are not what their roundings make of them."""
+    case = Case("momentum", "1e4", storage=HALF)
+    found = []
+    for contender in installed():
+        if contender.name in HALVES:
+            arrays = Arrays(case)
+            arrays.reset()
+            try:
+                arrays.check(contender.build(case, arrays), exact=False)
+            except AssertionError:
+                found.append(contender.name)
+    return found
+
+
+def absent(suite: str = "peers") -> dict[str, list[str]]:
+    """Return what of a suite cannot be measured, and what each lacks."""
     lacks = {peer: missing(modules) for peer, modules in MODULES.items()}
     for name, language, find in [(LIMIT, "C", compiler), (COMPILED, "C++", cxx)]:
         try:
             find()
         except NoCompilerError:
             lacks[name] = [f"a {language} compiler"]
-    return {name: things for name, things in lacks.items() if things}
+    names = measured_in(suite)
+    return {name: things for name, things in lacks.items() if things and name in names}
 
 
 def set_threads(n: int) -> None:

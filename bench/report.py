@@ -12,14 +12,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cases import PIPELINE, Case
-from contenders import ALONE, LIMIT, LITERAL, OUT, STEP
+from cases import PIPELINE, STORAGES, Case
+from contenders import ALONE, LIMIT, LITERAL, OUT, STEP, WIDE
 from samples import TWO_MODES, Sample, figure, number, thinned
 from shapes import MODELS, TRAININGS
 from targets import FAR, FAR_NS, FUSED, TARGETS, Target
 
 Row = dict[str, Any]
-Key = tuple[str, str, str, int]     # job, workload, dtype, threads
+Key = tuple[str, str, str, int]     # job, workload, dtype or storage, threads
 
 READING = (
     f"Medians with quartiles; {TWO_MODES} where the values fall into two groups with a gap, so "
@@ -76,7 +76,8 @@ class Results:
         self.n_bytes: dict[Key, int] = {}
         self._round_trips: dict[tuple[Key, str], list[int]] = {}
         for row in rows:
-            key = (row["job"], row["workload"], row["dtype"], row["threads"])
+            stored_as = row.get("storage") or row["dtype"]
+            key = (row["job"], row["workload"], stored_as, row["threads"])
             name = row["contender"]
             if (trip := row.get("round_trip")) is not None:
                 far = FAR if trip >= FAR_NS else ""
@@ -125,7 +126,7 @@ class Results:
         threads = self.most_threads if target.threads == "all" else target.threads
         if target.threads == "all" and threads == 1:
             return None
-        key = (target.job, target.workload, "float32", threads)
+        key = (target.job, target.workload, target.stored_as, threads)
         ratios = [
             (ratio, name) for name in target.than
             if (ratio := self.speedup(key, target.who, name)) is not None
@@ -154,8 +155,8 @@ def title(job: str, workload: str) -> str:
 
 
 def case_title(key: Key) -> str:
-    job, workload, dtype, threads = key
-    return f"{title(job, workload)}, {dtype}, {plural(threads, 'thread')}"
+    job, workload, stored_as, threads = key
+    return f"{title(job, workload)}, {stored_as}, {plural(threads, 'thread')}"
 
 
 def machine_table(machine: dict[str, Any]) -> str:
@@ -172,7 +173,9 @@ def target_table(results: Results, suite: str) -> str:
         threads = target.threads if target.threads == "all" else str(target.threads)
         at_least = number(target.at_least, times=True)
         row = [
-            title(target.job, target.workload), threads, target.who, target.opponents,
+            title(target.job, target.workload)
+            + (f", {target.stored_as}" if target.suite == "storage" else ""),
+            threads, target.who, target.opponents,
             f"{at_least} within the spread" if target.within_spread else at_least,
         ]
         if judged is None:
@@ -199,17 +202,19 @@ TIME_COLUMNS: dict[str, Column] = {
     "µs": lambda results, key, name: figure(results.time(key, name)),
     "GB/s": lambda results, key, name: figure(results.bandwidth(key, name)),
 }
+AGAINST_OTHERS: dict[str, Column] = TIME_COLUMNS | {
+    "of the limit": lambda results, key, name: figure(results.speedup(key, name, LIMIT)),
+    "optcore, step() is": lambda results, key, name: figure(
+        results.speedup(key, STEP + distance(name), name), times=True
+    ),
+}
 COLUMNS: dict[str, dict[str, Column]] = {
     "engine": TIME_COLUMNS | {
         "against NumPy out=": ratio_over(OUT),
         "against NumPy literal": ratio_over(LITERAL),
     },
-    "peers": TIME_COLUMNS | {
-        "of the limit": lambda results, key, name: figure(results.speedup(key, name, LIMIT)),
-        "optcore, step() is": lambda results, key, name: figure(
-            results.speedup(key, STEP + distance(name), name), times=True
-        ),
-    },
+    "peers": AGAINST_OTHERS,
+    "storage": AGAINST_OTHERS,
 }
 
 
@@ -256,6 +261,25 @@ def training_table(results: Results) -> str:
                 rows.append([title(*key[:2]), trip, *[figure(time) for time in times]])
     head = ["µs per step, float32", "round trip, ns", *names]
     return table(head, rows) if rows else "Not measured in this run.\n"
+
+
+def storage_tables(results: Results) -> str:
+    """Return a table for each rule, length and number of threads: what every storage gains."""
+    parts = []
+    for job, workload, threads in dict.fromkeys((key[0], key[1], key[3]) for key in results.cases):
+        rows = []
+        for storage in STORAGES:
+            key = (job, workload, storage, threads)
+            if (time := results.time(key, STEP)) is None:
+                continue
+            rows.append([
+                storage, str(Case(job, workload, storage=storage).bytes_each), figure(time),
+                figure(results.speedup(key, STEP, LIMIT)),
+                figure(results.speedup(key, STEP, WIDE), times=True),
+            ])
+        head = ["stored as", "bytes", "µs", "of its limit", "against float32"]
+        parts += [f"**{title(job, workload)}, {plural(threads, 'thread')}**\n", table(head, rows)]
+    return "\n".join(parts)
 
 
 def short_table(results: Results) -> str:
@@ -319,18 +343,25 @@ def outline(summary: dict[str, Any], results: Results) -> str:
     """Return what a run comes to: who was there, the targets, where others win."""
     suite = summary["suite"]
     parts = []
-    if suite == "peers":
+    if "peers" in summary:
         versions = ", ".join(f"{name} {version}" for name, version in summary["peers"].items())
         parts.append(f"Peers: {versions}.\n")
         parts += [
             f"Absent: {name}, for want of {' and '.join(things)}.\n"
             for name, things in summary["absent"].items()
         ]
+        parts += [
+            f"Not measured: {name}, whose steps of bfloat16 are wrong.\n"
+            for name in summary.get("wrong", ())
+        ]
     if summary["quick"]:
         parts.append("A quick run: few sizes and repeats, figures to be taken as hints.\n")
     parts += ["### Targets\n", target_table(results, suite)]
     if suite == "peers":
         parts += ["### In training\n", training_table(results)]
+    if suite == "storage":
+        parts += ["### Storages\n", storage_tables(results)]
+    if suite != "engine":
         parts += ["### Where a peer wins\n", wins_of_peers(results)]
     return "\n".join(parts)
 
@@ -346,21 +377,22 @@ def document(summary: dict[str, Any], results: Results) -> str:
 def write(
     summary: dict[str, Any], out: Path, readme: Path | None = None, docs: Path | None = None
 ) -> None:
-    """Write the Markdown report and the picture into a folder, and into documents' markers.
+    """Write the Markdown report and any picture into a folder, and into documents' markers.
 
     Parameters
     ----------
     summary : dict
-        ``"suite"``, ``"quick"``, ``"machine"``, ``"rows"``; of the peers suite also ``"peers"``
-        and ``"absent"``.
+        ``"suite"``, ``"quick"``, ``"machine"``, ``"rows"``; where peers were measured also
+        ``"peers"`` and ``"absent"``, and ``"wrong"`` of the storage suite.
     out : pathlib.Path
         A folder that exists.
     readme : pathlib.Path, optional
         Where the short table of the peers suite goes, between ``<!-- bench:begin -->`` and
         ``<!-- bench:end -->``.
     docs : pathlib.Path, optional
-        Where targets and the cases that others win go, between ``<!-- engine:begin -->`` or
-        ``<!-- peers:begin -->`` and their ends. The tables of all results are in the folder.
+        Where targets and the cases that others win go, between ``<!-- engine:begin -->``,
+        ``<!-- peers:begin -->`` or ``<!-- storage:begin -->`` and their ends. The tables of all
+        results are in the folder.
     """
     from figures import engine_figure, roofline_figure
 
@@ -369,7 +401,7 @@ def write(
     (out / f"{suite}.md").write_text(document(summary, results))
     if suite == "engine":
         engine_figure(results, summary["machine"], out / "engine.png")
-    else:
+    elif suite == "peers":
         roofline_figure(results, summary["machine"], out / "roofline.png")
         if readme:
             embed(readme, "bench", f"{short_table(results)}\n{footnote(summary)}")

@@ -18,7 +18,7 @@ from machine import cores, describe  # noqa: E402
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=["engine", "peers"])
+    parser.add_argument("suite", choices=["engine", "peers", "storage"])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, models and repeats")
     parser.add_argument("--repeats", type=int, help="times that each case is measured")
@@ -79,11 +79,13 @@ def main() -> None:
         rows = [row for some, _ in runs for row in some]
         agreed = all(agreed for _, agreed in runs)
         summary = {"suite": suite, "quick": arguments.quick, "machine": machine, "rows": rows}
-        if suite == "peers":
+        if suite != "engine":
             import peers
 
-            summary["peers"] = peers.versions()
-            summary["absent"] = peers.absent()
+            summary["peers"] = peers.versions(suite)
+            summary["absent"] = peers.absent(suite)
+        if suite == "storage":
+            summary["wrong"] = peers.wrong()
         results.write_text(report.to_json(summary))
     report.write(json.loads(results.read_text()), out, arguments.readme, arguments.docs)
     if not agreed:

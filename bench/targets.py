@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from contenders import ALONE, FUNCTION, LIMIT, LITERAL, OUT, STEP
+from cases import HALF
+from contenders import ALONE, FUNCTION, LIMIT, LITERAL, OUT, STEP, WIDE
 from peers import NAMES
 from samples import Sample
 
@@ -28,6 +29,7 @@ class Target:
     at_least: float
     threads: int | str = 1      # "all": the run with all of the machine's
     within_spread: bool = False     # the upper quartile of the ratio counts, not its median
+    stored_as: str = "float32"
 
     @property
     def opponents(self) -> str:
@@ -94,5 +96,17 @@ TARGETS = [
     *[
         Target("peers", "momentum", "digits net in training", who + FAR, (who,), 1 / 3, "all")
         for who in (ALONE, STEP)
+    ],
+    # Narrow storage, where all cores wait for DRAM
+    *[
+        Target("storage", "momentum", "5e7", STEP, (than,), at_least, "all", stored_as=storage)
+        for storage, than, at_least in [
+            ("bfloat16 velocity", WIDE, 1.15),
+            ("bfloat16 gradients and velocity", WIDE, 1.3),
+            (HALF, WIDE, 1.5),
+            ("split, bfloat16 gradients", WIDE, 1.0),
+            (HALF, "PyTorch, for-loop", 3.0),
+            (HALF, "PyTorch, foreach", 3.0),
+        ]
     ],
 ]

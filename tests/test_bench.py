@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ import shapes  # noqa: E402
 import training  # noqa: E402
 from samples import KEPT, Sample, thinned  # noqa: E402
 from targets import FAR, FIELD, FUSED, TARGETS, Target  # noqa: E402
+
+import reference  # noqa: E402
 
 SMALL = "70000"         # more than one period of the data
 MACHINE = {
@@ -80,6 +83,74 @@ def test_models_equal_the_reference(contender, job, small_models):
     case = cases.Case(job, small_models)
     if contender.takes(case):
         check(contender, case)
+
+
+@pytest.mark.parametrize("storage", cases.STORAGES)
+@pytest.mark.parametrize("job", ["momentum", "sgd"])
+def test_storages_equal_the_reference(job, storage):
+    check(contenders.OPTCORE[0], cases.Case(job, SMALL, storage=storage))
+
+
+def test_bytes_of_storages():
+    found = [cases.Case("momentum", SMALL, storage=name).bytes_each for name in cases.STORAGES]
+    assert found == [20, 16, 14, 18, 14, 22, 10, 10, 22, 14]
+    found = [cases.Case("sgd", SMALL, storage=name).bytes_each for name in cases.STORAGES]
+    assert found == [12, 12, 10, 10, 10, 14, 6, 6, 14, 6]
+    assert cases.Case("pipeline", SMALL, "float64").bytes_each == 72
+
+
+def test_the_check_of_noise_reaches_the_last_element_and_the_seed(monkeypatch):
+    case = cases.Case("momentum", SMALL, storage=cases.HALF)
+    nearest = replace(case, storage=f"{cases.HALF}, to the nearest")
+    assert case.noisy
+    assert not nearest.noisy
+    arrays = cases.Arrays(case)
+    for build in [
+        lambda: contenders.build_step(nearest, arrays),
+        lambda: replace(
+            run := contenders.build_step(case, arrays),
+            step=lambda: (run.step(), arrays.x[0][-1:].__iadd__(1)),
+        ),
+    ]:
+        arrays.reset()
+        with pytest.raises(AssertionError, match="tensor 0"):
+            arrays.check(build(), exact=True)
+    monkeypatch.setattr(cases, "SEED", 1)
+    check(contenders.OPTCORE[0], case)
+    arrays.reset()
+    run = contenders.build_step(case, arrays)
+    monkeypatch.setattr(cases, "SEED", 0)
+    with pytest.raises(AssertionError, match="tensor 0"):
+        arrays.check(run, exact=True)
+
+
+def test_float32_beside_a_storage_has_arrays_of_its_own():
+    case = cases.Case("momentum", SMALL, storage=cases.HALF)
+    arrays = cases.Arrays(case)
+    arrays.reset()
+    run = contenders.build_wide(case, arrays)
+    cases.Arrays(replace(case, storage=None)).check(run, exact=True)
+    assert reference.same_bits(arrays.x[0][:3], arrays.pattern["x"][:3])
+
+
+def test_what_leaves_elements_unstepped_is_found_wrong(monkeypatch):
+    halves = [c for c in peers.installed() if c.name in peers.HALVES[:2]]
+    if not halves:
+        pytest.skip("PyTorch is not here")
+
+    def build(case, arrays):
+        run = halves[0].build(case, arrays)
+
+        def step():
+            before = arrays.x[0][:8].copy()
+            run.step()
+            arrays.x[0][:8] = before
+
+        return replace(run, step=step)
+
+    lazy = contenders.Contender(peers.HALVES[2], build)
+    monkeypatch.setattr(peers, "installed", lambda: [*halves, lazy])
+    assert peers.wrong() == [lazy.name]
 
 
 COMPILING = ("JAX + optax, donated", "Numba, fastmath", peers.COMPILED)
@@ -240,19 +311,34 @@ def test_round_trip(tmp_path):
     assert nanoseconds is None or nanoseconds > 1
 
 
-@pytest.mark.parametrize("job", ["sgd", "momentum", "pipeline"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_limit_sweeps_every_element(job, dtype, tmp_path):
-    case = cases.Case(job, "1003", dtype)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return tmp_path_factory.mktemp("limit")     # compiled once
+
+
+# From 0.5, and gradients and velocities of 0.5; the pipeline zeroes the gradients
+TWO_LIMIT_STEPS = {"sgd": (0.45, 0.4), "momentum": (0.405, 0.2695), "pipeline": (0.405, 0.3195)}
+
+
+@pytest.mark.parametrize(("job", "dtype", "storage"), [
+    *[(job, dtype, None) for job in ("sgd", "momentum", "pipeline")
+      for dtype in ("float32", "float64")],
+    *[(job, "float32", storage) for job in ("sgd", "momentum") for storage in cases.STORAGES],
+])
+def test_the_limit_sweeps_every_element(job, dtype, storage, built):
+    case = cases.Case(job, "600003", dtype, threads=2, storage=storage)
     try:
-        run = limit.limit_contender(tmp_path).build(case, None)
+        run = limit.limit_contender(built).build(case, None)
     except limit.NoCompilerError as reason:
         pytest.skip(str(reason))
+    assert run.calls == 1
     (x,) = run.params()
-    assert x.size == 1003
-    run.step()
-    assert np.unique(x).size == 1       # every element the same steps
-    assert x[0] != 0.5
+    assert x.size == 600_003
+    for stepped in TWO_LIMIT_STEPS[job]:
+        run.step()
+        assert (x == x[0]).all()        # every element the same step
+        value = float(reference.widened(x[:1].view(cases.dtype_of(case.stored.param)))[0])
+        assert value == pytest.approx(stepped, rel=0, abs=2**-8 if storage else 1e-6)
     assert x.ctypes.data % 64 == 0
 
 
@@ -404,9 +490,12 @@ def test_the_short_table_shows_a_training_as_it_was():
 
 def test_targets_name_contenders_that_exist():
     ours = [*contenders.ENGINE, *contenders.OPTCORE, contenders.OPTCORE_ALONE]
-    names = {contender.name for contender in ours} | {contenders.LIMIT, *peers.NAMES}
+    names = {contender.name for contender in ours} | {
+        contenders.LIMIT, contenders.WIDE, *peers.NAMES
+    }
     for target in TARGETS:
         assert {target.who.removesuffix(FAR), *target.than} <= names
+        assert target.stored_as in cases.STORAGES
 
 
 @pytest.mark.parametrize("suite", ["engine", "peers"])
@@ -452,6 +541,33 @@ def test_report(suite, tmp_path):
     assert docs.count("old") == 1           # the other suite's place is left alone
     assert "### Targets" in docs
     assert "All results" not in docs        # the full tables are in one place
+
+
+def test_report_of_storages(tmp_path):
+    rows = [
+        row(name, us, job="momentum", workload="5e7", threads=2, storage=storage)
+        for storage, times in [
+            ("float32", {contenders.LIMIT: 8, contenders.STEP: 10}),
+            ("bfloat16 velocity",
+             {contenders.LIMIT: 6, contenders.STEP: 8, contenders.WIDE: 10}),
+        ]
+        for name, us in times.items()
+    ]
+    summary = {
+        "suite": "storage", "quick": False, "machine": MACHINE, "rows": rows, "peers": {},
+        "absent": {}, "wrong": [FUSED],
+    }
+    docs = tmp_path / "docs.md"
+    docs.write_text("<!-- storage:begin -->\n<!-- storage:end -->\n")
+    report.write(summary, tmp_path, docs=docs)
+    for text in (docs.read_text(), (tmp_path / "storage.md").read_text()):
+        assert f"Not measured: {FUSED}, whose" in text
+        assert "| bfloat16 velocity | 16 | 8.00 (8.00–8.00) | 0.75 (0.75–0.75) | 1.25× (" in text
+        assert "| float32 | 20 | 10.0 (10.0–10.0) | 0.80 (0.80–0.80) | – |" in text
+        assert "momentum, 50,000,000, bfloat16 velocity | all |" in text
+        assert text.count("| held |") == 1
+    assert "**momentum, 50,000,000, bfloat16 velocity, 2 threads**" in text
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_markers_must_be_there():
