@@ -14,6 +14,7 @@ for needed in ("matplotlib", "rich", "sklearn"):
 from lecture import (  # noqa: E402
     build,
     conditioning,
+    fewer_bytes,
     mlp,
     momentum,
     nesterov,
@@ -38,6 +39,10 @@ STATED = {
     noise.BATCH: r"3 s\.e\..*|±0\.02",
     momentum.FRICTION: r"0\.1 %",
     nesterov.CYCLE: r"0\.1 %|±10⁻⁶|±1·10⁻⁶",
+    fewer_bytes.VARIANCE: r"3 s\.e\..*",
+    fewer_bytes.MEAN: r"3 s\.e\..*",
+    fewer_bytes.STALL: r"3 s\.e\..*|±0",
+    fewer_bytes.DECAY: r"3 s\.e\..*|±0",
 }
 
 
@@ -94,6 +99,38 @@ def test_a_wrong_learning_rate_is_found_out(row, groups):
               if c.group in groups and c.claim.startswith("SGD")]
     assert claims
     assert not [(c.group, c.claim, c.measured, c.theory) for c in claims if c.holds]
+
+
+def test_a_wrong_rounding_is_found_out():
+    """To the nearest: what rests on stochastic rounding, and moves by less than a unit, fails."""
+    claims = [c for c in fewer_bytes.noise_checks(fewer_bytes.noise_measured("nearest"))
+              if "stochastic" in c.claim
+              or (c.group == fewer_bytes.VARIANCE and "α = 0.003" in c.claim)]
+    assert sorted(c.claim for c in claims if c.holds) == [
+        "bfloat16, split master, α = 0.003", "float32, α = 0.003"]
+    assert len(claims) == len(fewer_bytes.KEPT) + len(fewer_bytes.STALLS) + len(fewer_bytes.DECAYED)
+
+
+@pytest.mark.parametrize("of", ["loss", "accuracy"])
+def test_every_recommended_storage_is_held_to_float32(gallery, of):
+    claims = [c.claim for c in gallery[2] if c.group == fewer_bytes.BAND]
+    for mode in fewer_bytes.MODES.values():
+        expected = mode.recommended and mode.label != "float32"
+        assert (f"{mode.label}: mean {of}, α = {fewer_bytes.USUAL}" in claims) is expected
+
+
+def test_networks_of_several_seeds_are_those_of_each():
+    images, labels = (part[:60].reshape(3, 20, *part.shape[1:]) for part in mlp.digits())
+    several = mlp.Network(range(3), hidden=7)
+    several.backward(images, labels)
+    for seed in range(3):
+        one = mlp.Network(seed, hidden=7)
+        one.backward(images[seed], labels[seed])
+        for name, grad in one.grads.items():
+            assert several.grads[name][seed] == pytest.approx(grad, rel=1e-5, abs=1e-7)
+        for of in ("loss", "accuracy"):
+            assert getattr(several, of)(images, labels)[seed] == pytest.approx(
+                getattr(one, of)(images[seed], labels[seed]))
 
 
 @pytest.mark.parametrize(("check", "holds"), [
@@ -156,6 +193,7 @@ def test_the_page_is_whole_and_stands_alone(gallery, page):
         assert f'id="row-{row}"' in page
         for kind in ("svg", "png"):
             assert list(out.glob(f"row{row}-*.{kind}"))
+    assert 'id="fewer-bytes"' in page
     assert (out / "row6-race.gif").read_bytes().startswith(b"GIF89a")
     assert all(story.lecture and story.paragraphs and story.glance for story in stories)
     assert not re.search(r"\bnan\b|not a number|\{|</?td>None", page.partition("</style>")[2])

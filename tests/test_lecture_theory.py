@@ -1,4 +1,6 @@
 """The lecture's theory against itself and textbooks, and the measurements against the theory."""
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -75,6 +77,41 @@ def test_the_cycle_is_the_published_one():
     # Lessard, Recht and Packard (2016), section 4.6
     expected = np.array([-2208, 792, 2592]) / 1225
     assert np.sort(theory.heavy_ball_cycle()) == pytest.approx(expected, rel=1e-12)
+
+
+def chain_of_roundings(lr, noise, unit, reach=80):
+    """The variance of stochastically rounded SGD, from the chances of going from place to place.
+
+    With a triangle around place j for the chance of x to be rounded to j, that of a normal x is
+    the second difference of E max(x − j, 0).
+    """
+    normal = NormalDist()
+    places = np.arange(-reach, reach + 1)
+    mean, spread = places * (1 - lr), lr * noise / unit
+    q = (mean[:, None] - np.arange(-reach - 1, reach + 2)) / spread
+    beyond = spread * (np.vectorize(normal.pdf)(q) + q * np.vectorize(normal.cdf)(q))
+    chances = np.diff(beyond, 2, axis=1)
+    system = np.vstack([chances.T - np.eye(places.size), np.ones(places.size)])
+    share = np.linalg.lstsq(system, np.r_[np.zeros(places.size), 1], rcond=None)[0]
+    return unit**2 * share @ places**2
+
+
+@pytest.mark.parametrize("lr", [0.005, 0.03, 0.1, 0.3])
+@pytest.mark.parametrize("unit", [2.0**-5, 2.0**-7])
+def test_the_variance_of_rounding_is_that_of_the_chain(lr, unit):
+    exact = chain_of_roundings(lr, 0.2, unit)
+    assert theory.rounded_variance(lr, 1.0, 0.2, unit) == pytest.approx(exact, rel=2e-3)
+
+
+def test_the_variance_of_rounding_has_its_limits():
+    unit, noise = 2.0**-7, 0.1
+    assert theory.rounding_variance(unit**2, unit) == pytest.approx(unit**2 / 6)
+    assert theory.rounding_variance((unit / 50) ** 2, unit) == pytest.approx(
+        unit * unit / 50 * np.sqrt(2 / np.pi) - (unit / 50) ** 2, rel=1e-6)
+    assert theory.rounded_variance(1e-4, 1.0, noise, unit) == pytest.approx(
+        theory.rounding_floor(1.0, noise, unit), rel=0.02)
+    assert theory.rounded_variance(0.1, 2.0, noise, 0.0) == pytest.approx(
+        theory.stationary_variance("sgd", 0.1, 0.0, 2.0, noise))
 
 
 def test_an_unknown_rule_is_refused():

@@ -181,8 +181,8 @@ against theory.">
 <div>
 <p>CS231n 2017, lecture 7, “Fancier optimization”, motivates momentum with three troubles of plain
 SGD and two pictures. Here is all of it, run on optcore {escape(version)} and checked against
-theory. Every update in every figure is a call of the engine, in float64 except for the network;
-every number on this page was computed when the page was built.</p>
+theory. Every update in every figure is a call of the engine, in float64 except for the network and
+the half types; every number on this page was computed when the page was built.</p>
 <p class="verdict"><strong>{holding} of {len(checks)} claims hold</strong>, each within the
 tolerance that stands beside it.</p>
 <p>SGD is <strong>black</strong>, momentum <strong style="color:#0072B2">blue</strong>, Nesterov

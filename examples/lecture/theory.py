@@ -137,6 +137,53 @@ def stationary_variance(
     return float(stationary_covariance(rule, lr, momentum, curvature, noise)[0, 0])
 
 
+def rounding_variance(spread: float, unit: float) -> float:
+    """Return the variance that stochastic rounding adds in one step, u²·E f(1−f).
+
+    x lies on the grid of the units u, so f, the fraction that is cut off, is that of the step over
+    u. With f(1−f) = 1/6 − Σ cos(2πkf)/(πk)² and a step that is normal, of variance `spread`,
+    E f(1−f) = 1/6 − Σ exp(−2π²k²·spread/u²)/(πk)²: u²/6 for steps of a unit and more, and
+    u·E|step| − spread for those far below.
+    """
+    if not unit:
+        return 0.0
+    k = np.arange(1, 2001)
+    series = np.exp(-2 * (np.pi * k / unit) ** 2 * spread) / (np.pi * k) ** 2
+    return float(unit**2 * (1 / 6 - series.sum()))
+
+
+def rounded_variance(lr: float, curvature: float, noise: float, unit: float) -> float:
+    """Return SGD's stationary variance of an x that is rounded stochastically to a unit.
+
+    V = (1−αλ)²·V + α²σ² + R with R the `rounding_variance` of a step, of variance α²(λ²V + σ²).
+    R hardly depends on V, so that the equation is solved by repetition.
+    """
+    variance = 0.0
+    for _ in range(50):
+        spread = lr**2 * (curvature**2 * variance + noise**2)
+        added = lr**2 * noise**2 + rounding_variance(spread, unit)
+        variance = added / (1 - (1 - lr * curvature) ** 2)
+    return variance
+
+
+def rounding_floor(curvature: float, noise: float, unit: float) -> float:
+    """Return what `rounded_variance` tends to for small learning rates: u·σ/(λ√(2π)).
+
+    Steps far below a unit are rounded to all or nothing, at u·E|step| = u·α·σ·√(2/π) of variance.
+    That there is such a floor is in Li, De, Xu, Studer, Samet and Goldstein (2017).
+    """
+    return unit * noise / (curvature * np.sqrt(2 * np.pi))
+
+
+def stall(lr: float, curvature: float, unit: float) -> float:
+    """Return the distance from the minimum at which rounding to the nearest stops SGD.
+
+    A step α·λ·|x| of less than half a unit is lost, one of up to three halves is a unit. So x, on
+    the grid with the minimum, comes to the last place of it where α·λ·|x| < u/2 and stays.
+    """
+    return unit * np.floor(1 / (2 * lr * curvature))
+
+
 def escape_time(
     rule: str, lr: float, momentum: float, curvature: float, start: Array, threshold: float
 ) -> Array:
