@@ -25,8 +25,8 @@ from optcore.options cimport (
     variant_of,
 )
 from optcore.parallel cimport sweep_all
-from optcore.rules cimport MOST_STATES, RULE_ROWS, Rule, Scalars
-from optcore.storage cimport FLOAT32, Stream, arithmetic_of, is_rounded
+from optcore.rules cimport RULE_ROWS, Rule, Scalars
+from optcore.storage cimport FLOAT32, Stream, arithmetic_of
 from optcore.sweep cimport STEP, Tensor, one_tensor, round_streams
 
 import_array()
@@ -66,9 +66,7 @@ cdef int step_arrays(Rule rule, tuple arrays, const Options *o) except -1:
     t.variant = variant_of(rule, &o.kernel, o.kernel.first_step and not o.dampen_first)
     for k in range(2, len(arrays)):
         t.states[k - 2] = stream_of(<ndarray>arrays[k])
-    t.draws = is_rounded(t.param.storage)
-    for k in range(MOST_STATES):
-        t.draws |= is_rounded(t.states[k].storage)
+    round_streams(&t, True)
     if t.draws and o.rounding == UNSAID:
         raise TypeError(
             "rounding must be given where a half type is written: 'nearest', which loses updates "

@@ -103,14 +103,14 @@ cdef class Groups:
                 f"{self.prefix(g)}lr_in_velocity must stay as the optimizer was built: "
                 "load_state_dict() converts between the conventions"
             )
-        for name in ("master", "velocity_dtype"):
-            was, is_now = value_of(built, row_named(name)), value_of(now, row_named(name))
-            if was != is_now:
-                raise ValueError(
-                    f"{self.prefix(g)}{name} must stay as the optimizer was built, {was!r}, got "
-                    f"{is_now!r}: state_dict() and load_state_dict() bring its state to another"
-                )
-        return 0
+        if now.master == built.master and now.velocity_dtype == built.velocity_dtype:
+            return 0
+        name = "velocity_dtype" if now.master == built.master else "master"
+        raise ValueError(
+            f"{self.prefix(g)}{name} must stay as the optimizer was built, "
+            f"{value_of(built, row_named(name))!r}, got {value_of(now, row_named(name))!r}: "
+            "state_dict() and load_state_dict() bring its state to another"
+        )
 
     cdef void adopt(self, tuple checked) noexcept:
         memcpy(self.at, (<Buffer>checked[0]).at, self.n * sizeof(Group))
