@@ -420,8 +420,9 @@ def test_gradients_in_another_layout():
     assert torch.equal(p.detach(), -p.grad)
 
 
-def test_autograd_learns_of_the_step():
-    p = torch.nn.Parameter(torch.ones(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autograd_learns_of_the_step(dtype):
+    p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     opt = optcore.torch.SGD([p], lr=1.0)
     loss = (p * p).sum()
     loss.backward(retain_graph=True)

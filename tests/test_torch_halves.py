@@ -369,17 +369,6 @@ def test_gradients_of_another_dtype(dtype, kind):
     assert bits(p) == bits(array)
 
 
-@by_half
-def test_autograd_learns_of_the_step(dtype):
-    p = parameter(dtype)
-    opt = optcore.torch.SGD([p], lr=1.0)
-    loss = (p * p).sum()
-    loss.backward(retain_graph=True)
-    opt.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_refusals():
     half, both = parameter(torch.float16), [parameter(torch.bfloat16), parameter(torch.float16)]
     for params, options, words in [
