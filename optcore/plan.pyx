@@ -34,7 +34,7 @@ from optcore.runtime cimport forks
 from optcore.storage cimport Stream
 from optcore.structure cimport Nest, Roots
 from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
-from optcore.table cimport Step, Table, assign, converted, rule_named
+from optcore.table cimport Step, Table, assign, converted, rule_named, step_over
 
 from collections.abc import Iterable, Mapping, Set
 
@@ -288,17 +288,18 @@ cdef class Plan(Table):
 
     cdef Step _asked(
         self, object grad_scale, object zero_grad, object weights=None, Py_ssize_t n_sets=1,
-        bint asks=True,
+        bint asks=True, bint outer=False,
     ) except *:
         """Check a step's arguments, and ask schedules, which may change what it reads after them.
 
         Where it does not ask, options stay at the numbers of the last time it did.
         """
-        cdef Step step
-        step.zeroing = flag(zero_grad, "zero_grad")
+        cdef Step step = step_over(flag(zero_grad, "zero_grad"))
         step.scale = number(grad_scale, "grad_scale", POSITIVE)
-        step.weights = NULL
-        if weights is None:
+        step.outer = outer
+        if weights is None and outer:
+            step.share = 1.0 / n_sets
+        elif weights is None:
             step.scale /= n_sets
         else:
             step.weights = self._weights_of(weights, n_sets)
@@ -396,8 +397,8 @@ cdef class Plan(Table):
                             self._slots[i].first_step = False
         elif step.zeroing:
             sweep_all(ZERO, self._tensors, self._n, step.n_elements)
-        if self._to_zero is not None:
-            self._zero_scattered()
+        if self._to_return is not None:
+            self._return_scattered()
         with critical_section(self):
             self._grad_norm = grad_norm
             self._nonfinite = nonfinite
@@ -477,6 +478,47 @@ cdef class Plan(Table):
             some replicas only, and for weights that are all zero.
         """
         return self._exclusively(take_replicas, replica_grads, (weights, grad_scale), zero_grad)
+
+    def outer_step(self, replica_params, *, weights=None, grad_scale=1.0, write_back=False):
+        """Take one step towards the mean of several replicas' parameters.
+
+        The difference ``d = x - mean`` takes the place of the gradient, formed inside the sweep
+        in the parameter's arithmetic type; then comes the rule with all its options. With
+        ``lr=1`` and no momentum the parameters become that mean (FedAvg); momentum makes it FedAvgM
+        and, with `nesterov`, the outer step of DiLoCo.
+
+        Parameters
+        ----------
+        replica_params : sequence
+            One entry for each replica (worker, federated client), each in the structure of `params`
+            and of any dtype that a gradient may have. A parameter is left out where it is None in
+            every entry.
+        weights : sequence of floats >= 0, optional
+            One for each replica, the number of its examples say. The mean is formed as
+            ``s = w[0] * p[0]; s = s + w[k] * p[k]``, each weight divided by their sum in float64 and
+            then rounded once; without weights as ``(p[0] + p[1] + …) * (1 / len(replica_params))``.
+        grad_scale : float, > 0, default 1
+            Multiplies the difference.
+        write_back : bool, default False
+            Write the new parameters into every replica's in the same sweep, which must not overlap
+            then. A step that is skipped writes none.
+
+        Returns
+        -------
+        bool
+            As `step`.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As `step_replicas`. Nothing has changed then.
+
+        Notes
+        -----
+        McMahan et al. 2017 (FedAvg), Hsu, Qi and Brown 2019 (FedAvgM), Douillard et al. 2023
+        (DiLoCo).
+        """
+        return self._exclusively(take_outer, replica_params, (weights, grad_scale), write_back)
 
     @property
     def step_count(self):
@@ -637,23 +679,39 @@ cdef object take_checked(Plan self, object grads, object grad_scale, object ema_
     return self._step(&step)
 
 
+cdef list replicas_of(Plan self, object given, str what):
+    """What replicas give, each in the order of the parameters."""
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(
+            f"{what} must be a list or tuple with one entry for each replica, "
+            f"got {type(given).__name__}"
+        )
+    if not given:
+        raise ValueError(f"{what} must have at least one entry, got none")
+    return [self._listed(one, self._nest, f"{what}[{k}]") for k, one in enumerate(given)]
+
+
+cdef tuple labels_of(list sets, str what):
+    cdef Py_ssize_t k
+    return tuple([f"{what}[{k}]".encode() for k in range(len(sets))])
+
+
 cdef object take_replicas(Plan self, object replica_grads, object scaling, object zero_grad):
     cdef Step step
-    cdef Py_ssize_t k
+    cdef list sets = replicas_of(self, replica_grads, "replica_grads")
     weights, grad_scale = scaling
-    if not isinstance(replica_grads, (list, tuple)):
-        raise TypeError(
-            "replica_grads must be a list or tuple with one entry for each replica, "
-            f"got {type(replica_grads).__name__}"
-        )
-    if not replica_grads:
-        raise ValueError("replica_grads must have at least one entry, got none")
-    names = [f"replica_grads[{k}]" for k in range(len(replica_grads))]
-    sets = [self._listed(grads, self._nest, name)
-            for grads, name in zip(replica_grads, names, strict=True)]
-    labels = tuple([name.encode() for name in names])
     step = self._asked(grad_scale, zero_grad, weights, len(sets))
-    sets = self._prepare(sets, labels, &step)
+    sets = self._prepare(sets, labels_of(sets, "replica_grads"), &step)
+    return self._step(&step)
+
+
+cdef object take_outer(Plan self, object replica_params, object scaling, object write_back):
+    cdef Step step
+    cdef list sets = replicas_of(self, replica_params, "replica_params")
+    weights, grad_scale = scaling
+    step = self._asked(grad_scale, False, weights, len(sets), True, True)
+    step.writes_back = flag(write_back, "write_back")
+    sets = self._prepare(sets, labels_of(sets, "replica_params"), &step)
     return self._step(&step)
 
 
@@ -673,8 +731,7 @@ cdef object add_up(Plan self, object grads, object _, object __):
             "its parameter does where accumulate() adds to it: bind np.zeros_like(p)"
         )
     sets = [self._listed(grads, self._nest, "grads")]
-    step.zeroing = False
-    step.weights = NULL
+    step = step_over(False)
     self._look_again()
     self._ready(sets, GRADS, &step)
     self._take(None, GRADS, &step)
@@ -722,13 +779,12 @@ cdef object zero_bound(Plan self, object _, object __, object ___):
     if self._bound is None:
         raise RuntimeError("zero_grad() needs gradients bound with SGD(..., grads=...)")
     sets = self._bound_sets()
-    step.zeroing = True
-    step.weights = NULL
+    step = step_over(True)
     self._look_again()
     self._ready(sets, GRADS, &step)
     sweep_all(ZERO, self._tensors, self._n, step.n_elements)
-    if self._to_zero is not None:
-        self._zero_scattered()
+    if self._to_return is not None:
+        self._return_scattered()
 
 
 cdef object set_option(Plan self, object name, object value, object _):

@@ -29,6 +29,7 @@ cdef struct Tensor:
     const Scalars *scalars          # IN
     const double *weights           # IN: of the gradients, whose sum is 1; NULL: plainly added
     double unit                     # SQUARES: a power of two that multiplies gradients first
+    double share                    # of `outer`: multiplies the sum of the parameters
     uint64_t key                    # of this step's noise, where `draws`
     Py_ssize_t first                # the place of its first element in a whole; a multiple of GRID
     Py_ssize_t size
@@ -36,6 +37,8 @@ cdef struct Tensor:
     Rule rule
     Variant variant
     bint zero_grad
+    bint outer                      # "gradients" are others' parameters: d is x less their mean
+    bint write_back                 # which become the new x
     bint draws                      # a stream is rounded stochastically
 
 
@@ -61,6 +64,9 @@ cdef inline Tensor one_tensor(
     t.rule = 0
     t.variant = <Variant>0
     t.zero_grad = False
+    t.share = 1
+    t.outer = False
+    t.write_back = False
     t.draws = False
     return t
 

@@ -13,7 +13,7 @@ L1. So is the opening of arrays that are stored in another type than they are st
 from libc.float cimport DBL_MIN, FLT_MIN
 from libc.math cimport INFINITY, NAN, isfinite
 from libc.stdint cimport uint16_t, uint32_t, uintptr_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from optcore.halves cimport from_bfloat16, high_of, joined, low_of, to_bfloat16
 from optcore.noise cimport GRID, NEXT, Noise, draw, drawn, noise_from
@@ -44,6 +44,7 @@ from optcore.storage cimport (
     load,
     load_t,
     opened,
+    plain,
     put,
     store,
     store_t,
@@ -296,7 +297,7 @@ cdef inline bint is_packed(const Tensor *t) noexcept nogil:
     cdef Storage of_x = t.param.storage, of_d = t.grads[0].storage, of_u = stepped_state(t)
     cdef bint it = t.rule < N_RULES and RULE_ROWS[t.rule].n_states < 2 and t.variant == PLAIN
     it &= t.n_grads == 1 and t.scalars.clip_value == INFINITY and not t.scalars.flushes
-    it &= t.ema == NULL
+    it &= t.ema == NULL and not t.outer
     it &= of_d == BFLOAT16 or (of_d == FLOAT32 and of_x == FLOAT32)
     it &= of_x == FLOAT32 or of_x == SPLIT_BFLOAT16 or (of_x == BFLOAT16 and t.param.stochastic)
     it &= of_u == FLOAT32 or (of_u == BFLOAT16 and t.states[0].stochastic)
@@ -348,6 +349,19 @@ cdef inline inlined add_gradients(
                 d[i] = d[i] + g[i]
 
 
+cdef inline inlined form_direction(
+    real *restrict d, const Tensor *t, const real *restrict x, Py_ssize_t begin, Py_ssize_t n,
+    const Converters c,
+) noexcept nogil:
+    """What takes the gradient's place: the sum, or of an outer step d = x - share * sum."""
+    cdef real share = <real>t.share
+    cdef Py_ssize_t i
+    add_gradients(d, t, begin, n, c)
+    if t.outer:
+        for i in range(n):
+            d[i] = x[i] - share * d[i]
+
+
 cdef inline inlined scale_and_clip(
     real *restrict d, Py_ssize_t n, real scale, real bound
 ) noexcept nogil:
@@ -377,6 +391,23 @@ cdef inline inlined zero_gradients(const Tensor *t, Py_ssize_t begin, Py_ssize_t
     for k in range(t.n_grads):
         itemsize = itemsize_of(t.grads[k].storage)
         memset(<char *>t.grads[k].data + begin * itemsize, 0, n * itemsize)
+
+
+cdef inline inlined write_back(
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t n, real arithmetic, const Converters c
+) noexcept nogil:
+    """Give every gradient array the parameter as it is now."""
+    cdef real[BLOCK] x
+    cdef size_t itemsize
+    cdef int k
+    for k in range(t.n_grads):
+        if t.grads[k].storage == plain(t.param.storage):
+            itemsize = itemsize_of(t.grads[k].storage)
+            memcpy(<char *>t.grads[k].data + begin * itemsize,
+                   <const char *>t.param.data + begin * itemsize, n * itemsize)
+        else:
+            fetch(x, &t.param, begin, n, c)
+            put(x, &t.grads[k], begin, n, NULL, 0, c)
 
 
 # The sweeps
@@ -410,13 +441,13 @@ cdef inline inlined step_blocks(
     cdef real *states[MOST_STATES]
     cdef const Scalars *s = t.scalars
     cdef real bound = <real>s.clip_value
-    cdef bint staged = t.n_grads > 1 or bound < INFINITY
+    cdef bint staged = t.n_grads > 1 or bound < INFINITY or t.outer
     cdef real scale = 1 if staged else <real>s.scale
     cdef Py_ssize_t block = end - begin
     cdef Py_ssize_t n = 0
     cdef bint trailed = t.ema != NULL or t.zero_grad
     cdef int k
-    if staged or trailed or not is_open:
+    if staged or trailed or not is_open:        # write_back is staged
         block = BLOCK
     if is_open:
         n = -(<uintptr_t>t.param.data + begin * sizeof(real)) % LINE // sizeof(real)
@@ -424,13 +455,13 @@ cdef inline inlined step_blocks(
         n = block
     while begin < end:
         n = min(n, end - begin)
+        opened(&x, &t.param, begin, n, scratch_x, is_open, c)
         if staged:
             d = scratch_d
-            add_gradients(d, t, begin, n, c)
+            form_direction(d, t, x, begin, n, c)
             scale_and_clip(d, n, <real>s.scale, bound)
         else:
             opened(&d, t.grads, begin, n, scratch_d, is_open, c)
-        opened(&x, &t.param, begin, n, scratch_x, is_open, c)
         for k in range(MOST_STATES):
             if is_open:
                 states[k] = <real *>t.states[k].data
@@ -456,6 +487,8 @@ cdef inline inlined step_blocks(
                         16 * ((k + 1) % 2), c,
                     )
             closed(x, &t.param, begin, n, noise[0], 0, c)
+        if t.write_back:
+            write_back(t, begin, n, arithmetic, c)
         begin += n
         n = block
 
@@ -503,10 +536,12 @@ cdef inline Py_ssize_t count_nonfinite(
     const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
 ) noexcept nogil:
     """Count the non-finite sums of gradients; runs only where a sum of squares was not finite."""
-    cdef real d
+    cdef real d, scratch
+    cdef real *x
     cdef Py_ssize_t i, count = 0
     for i in range(begin, end):
-        add_gradients(&d, t, i, 1, c)
+        opened(&x, &t.param, i, 1, &scratch, False, c)
+        form_direction(&d, t, x, i, 1, c)
         count += not isfinite(<double>d)
     return count
 
@@ -517,11 +552,13 @@ cdef inline inlined squares(
     """Fill the partials of the chunks in [begin, end); `begin` is a multiple of CHUNK."""
     cdef double lanes[LANES]
     cdef real[BLOCK] scratch
+    cdef real[BLOCK] scratch_x
     cdef real *d
+    cdef real *x
     cdef Py_ssize_t block = CHUNK
     cdef Py_ssize_t i, n, stop
     cdef Partial *partial
-    if t.n_grads > 1 or not holds(t.grads[0].storage, arithmetic):
+    if t.n_grads > 1 or t.outer or not holds(t.grads[0].storage, arithmetic):
         block = BLOCK
     while begin < end:
         stop = min(begin + CHUNK, end)
@@ -530,9 +567,10 @@ cdef inline inlined squares(
         i = begin
         while i < stop:
             n = min(block, stop - i)
-            if t.n_grads > 1:
+            if t.n_grads > 1 or t.outer:
                 d = scratch
-                add_gradients(d, t, i, n, c)
+                opened(&x, &t.param, i, n, scratch_x, False, c)
+                form_direction(d, t, x, i, n, c)
             else:
                 opened(&d, t.grads, i, n, scratch, False, c)
             add_squares(lanes, d, n, t.unit)

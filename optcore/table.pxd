@@ -8,6 +8,7 @@ from optcore.rules cimport Rule
 from optcore.storage cimport Storage, Stream
 from optcore.structure cimport Nest, Roots, Watch
 from optcore.sweep cimport Tensor
+from libc.string cimport memset
 
 cdef struct Slot:               # what the table alone knows of a tensor
     Py_ssize_t group
@@ -20,11 +21,23 @@ cdef struct Step:               # of a plan; one that can no longer fail
     double ema_decay
     Py_ssize_t n_elements
     bint zeroing
+    bint outer                  # from others' parameters
+    bint writes_back            # into those
+    double share                # of each in their mean, where they have no weights
     bint has_gradient           # not None for every parameter
     bint starts                 # a first step is among it
     bint lacks_states           # a rule has states that are not there yet
     bint scattered              # a gradient lies otherwise than its parameter
     const double *weights       # of several gradients; NULL: none
+
+
+cdef inline Step step_over(bint zeroing) noexcept:
+    """A step over gradients that are gradients, without weights."""
+    cdef Step step
+    memset(&step, 0, sizeof(step))
+    step.share = 1
+    step.zeroing = zeroing
+    return step
 
 
 cdef class Table:
@@ -55,7 +68,7 @@ cdef class Table:
     cdef tuple _averages
     cdef tuple _rests           # of half parameters: low halves or float32 copies; else None
     cdef dict _buffers          # by set and parameter: where scattered gradients are put together
-    cdef list _to_zero          # scattered gradients of this step that become zero after it
+    cdef list _to_return        # scattered gradients of this step and the buffers they become
 
     # Laying it
     cdef list _lay(self, list groups, Nest nest, Rule rule)
@@ -103,7 +116,7 @@ cdef class Table:
     ) except -1
     cdef int _gather(self, list sets, tuple names, bint written) except -1
     cdef Py_ssize_t _scattered_one(self) except -1
-    cdef int _zero_scattered(self) except -1
+    cdef int _return_scattered(self) except -1
     cdef int _refuse_shared(self, tuple names) except -1
     cdef void _add_other(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept
     cdef Span _span_like(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept

@@ -534,12 +534,13 @@ cdef class Table:
 
     cdef int _ready(self, list sets, tuple names, Step *step, bint gathers=True) except -1:
         """Point every tensor at its gradients, which lie as they must then if this gathers them."""
-        self._to_zero = None
+        cdef bint written = step.zeroing or step.writes_back
+        self._to_return = None
         if sets is not None:
-            self._view(sets, names, step.zeroing)
+            self._view(sets, names, written)
         self._take(sets, names, step)
         if step.scattered and gathers:
-            self._gather(sets, names, step.zeroing)
+            self._gather(sets, names, written)
             self._take(sets, names, step)       # again, for copying may let others run
         return 0
 
@@ -574,7 +575,7 @@ cdef class Table:
         cdef bint has_gradient = False, starts = False, lacks_states = False
         cdef Py_ssize_t n_elements = 0
         cdef const double *weights = step.weights
-        cdef bint zeroing = step.zeroing
+        cdef bint zeroing = step.zeroing, written = step.zeroing or step.writes_back
         cdef tuple params = self._params
         cdef Stream *grads
         cdef Slot *slot
@@ -618,6 +619,7 @@ cdef class Table:
                     slot.first_step and not self._groups.at[slot.group].options.dampen_first
                 )
                 t.zero_grad = zeroing
+                t.outer, t.write_back, t.share = step.outer, step.writes_back, step.share
                 n_states = RULE_ROWS[rule].n_states
                 if n_states > 0:
                     starts |= slot.first_step
@@ -625,7 +627,7 @@ cdef class Table:
             grads += n_sets
         step.n_elements, step.has_gradient = n_elements, has_gradient
         step.starts, step.lacks_states = starts, lacks_states
-        if step.zeroing and not bound and not step.scattered:
+        if written and not bound and not step.scattered:
             self._refuse_shared(names)
         return 0
 
@@ -637,12 +639,13 @@ cdef class Table:
         cdef ndarray a
         cdef Py_ssize_t owner
         cdef Span span
+        cdef bint written = step.zeroing or step.writes_back
         stream[0] = stream_at(NULL, FLOAT32)
         if gradient is not None:
             a = <ndarray>gradient
             span = span_of(a, 0)
-            if not fits(a, param, step.zeroing):
-                check_but_layout(a, param, step.zeroing, self._label(names[k], i))
+            if not fits(a, param, written):
+                check_but_layout(a, param, written, self._label(names[k], i))
                 step.scattered = True
                 span = span_over(a, 0)
             stream[0] = stream_of(a)
@@ -701,7 +704,7 @@ cdef class Table:
         """Copy gradients that lie otherwise than their parameters into buffers kept for them."""
         cdef Py_ssize_t i, k
         cdef ndarray param
-        self._to_zero = []
+        self._to_return = []
         for k in range(len(sets)):
             gathered = list(sets[k])
             for i in range(self._n):
@@ -715,7 +718,7 @@ cdef class Table:
                 gathered[i] = self._buffers[k, i]
                 PyArray_CopyInto(<ndarray>gathered[i], <ndarray>gradient)
                 if written:
-                    self._to_zero.append(gradient)
+                    self._to_return.append((gradient, gathered[i]))
             sets[k] = tuple(gathered)
         return 0
 
@@ -727,12 +730,12 @@ cdef class Table:
                 return i
         return 0
 
-    cdef int _zero_scattered(self) except -1:
-        """Zero the gradients that a sweep has read from buffers."""
-        cdef list arrays = self._to_zero
-        self._to_zero = None
-        for array in arrays:
-            np.ndarray.fill(array, 0)
+    cdef int _return_scattered(self) except -1:
+        """Give gradients that a sweep has read from buffers what it wrote into those."""
+        cdef list pairs = self._to_return
+        self._to_return = None
+        for array, buffer in pairs:
+            PyArray_CopyInto(<ndarray>array, <ndarray>buffer)
         return 0
 
     cdef int _bind(self, Roots roots) except -1:
@@ -749,8 +752,7 @@ cdef class Table:
                 refuse_misfit(<ndarray>scalar, <ndarray>self._params[i], False,
                               self._label(b"grads", i))
         sets[0] = tuple([None if i in scalars else gradient for i, gradient in enumerate(sets[0])])
-        step.zeroing = True
-        step.weights = NULL
+        step = step_over(True)
         self._view(sets, GRADS, True)
         self._take(sets, GRADS, &step)
         sums = zeroed(self._n, sizeof(Tensor))

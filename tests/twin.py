@@ -189,20 +189,18 @@ class Twin:
 
     def step_replicas(self, replicas, weights=None, grad_scale=1.0):
         """`replicas` are lists of leaves."""
-        def mean(gs):
-            if gs[0] is None:
-                return None
-            gs = [widened(g) for g in gs]
-            if weights is not None:
-                return weighted(gs, weights)
-            total = gs[0]
-            for g in gs[1:]:
-                total = total + g
-            return total
-
         with np.errstate(all="ignore"):
-            means = [mean(gs) for gs in zip(*replicas, strict=True)]
-        return self.step(means, grad_scale if weights is not None else grad_scale / len(replicas))
+            sums = [summed(gs, weights) for gs in zip(*replicas, strict=True)]
+        return self.step(sums, grad_scale if weights is not None else grad_scale / len(replicas))
+
+    def outer_step(self, replicas, weights=None, grad_scale=1.0):
+        """`replicas` are lists of leaves."""
+        share = 1 if weights is not None else 1 / len(replicas)
+        with np.errstate(all="ignore"):
+            sums = [summed(ps, weights) for ps in zip(*replicas, strict=True)]
+            differences = [None if s is None else x - x.dtype.type(share) * s
+                           for x, s in zip(self.params, sums, strict=True)]
+        return self.step(differences, grad_scale)
 
     def check(self, entries=None):
         """Compare with what a state dictionary holds, or with the entries given."""
@@ -221,6 +219,19 @@ class Twin:
             assert (average is None) is (self.opt.ema_decay is None)
             assert average is None or alike(average, self.averages[i]), i
             assert entry["first_step"] is not self.started[i], i
+
+
+def summed(arrays, weights):
+    """What a step adds up of one parameter's arrays, one of each replica."""
+    if arrays[0] is None:
+        return None
+    arrays = [widened(a) for a in arrays]
+    if weights is not None:
+        return weighted(arrays, weights)
+    total = arrays[0]
+    for a in arrays[1:]:
+        total = total + a
+    return total
 
 
 def frozen(thing):

@@ -63,6 +63,14 @@ class Plan:
         grad_scale: float = 1.0,
         zero_grad: bool = False,
     ) -> bool: ...
+    def outer_step(
+        self,
+        replica_params: Sequence[_Grads],
+        *,
+        weights: Iterable[float] | None = None,
+        grad_scale: float = 1.0,
+        write_back: bool = False,
+    ) -> bool: ...
     def _check_step(
         self, grads: _Grads | object, grad_scale: float, zero_grad: bool
     ) -> tuple[tuple[_Array | None, ...], list[dict[str, Any]], float]: ...

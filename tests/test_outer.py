@@ -1,0 +1,129 @@
+"""Outer steps: towards the mean of replicas' parameters, and back into these."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_precision import made
+from twin import Twin, everything
+
+import optcore
+from optcore.runtime import simd, simd_levels_available
+from reference import same_bits, type_name
+
+SIZES = [0, 1, 255, (3, 5), 257, 1000, 9000]
+HALVES = ["bfloat16", "float16"]
+
+
+def made_as(rng, kind):
+    return [rng.standard_normal(size) if kind == "float64"
+            else made(rng.standard_normal(size), kind) for size in SIZES]
+
+
+def random_options(rng):
+    momentum = float(rng.choice([0, 0.5]))
+    return {
+        "lr": float(rng.choice([1.0, 0.1])),
+        "momentum": momentum,
+        "nesterov": bool(rng.integers(2)) and momentum > 0,
+        "lr_in_velocity": bool(rng.integers(2)),
+        "weight_decay": float(rng.choice([0, 0.01])),
+        "clip_value": [None, 0.5][rng.integers(2)],
+        "ema_decay": [None, 0.9][rng.integers(2)],
+        "skip_nonfinite": bool(rng.integers(2)),
+        "track_grad_norm": bool(rng.integers(2)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", *HALVES])
+@pytest.mark.parametrize("n_replicas", range(1, 9))
+def test_follows_its_twin(kind, n_replicas, rng, cases, times):
+    rng = np.random.default_rng(n_replicas)
+    kinds = ["float64"] if kind == "float64" else ["float32", *HALVES]
+    for _ in range(4 * times):
+        params = made_as(rng, kind)
+        opt = optcore.SGD(params, **random_options(rng))
+        twin = Twin(opt)
+        with simd(rng.choice(simd_levels_available())):
+            for _ in range(3):
+                replicas = [made_as(rng, kinds[rng.integers(len(kinds))])
+                            for _ in range(n_replicas)]
+                weights = [None, rng.integers(1, 9, n_replicas)][rng.integers(2)]
+                back = bool(rng.integers(2))
+                if rng.integers(3) == 0:
+                    bad = replicas[-1][5]
+                    bad[7] = 0x7FC0 if type_name(bad) == "bfloat16" else np.nan
+                before = [[p.copy() for p in replica] for replica in replicas]
+                stepped = opt.outer_step(replicas, weights=weights, grad_scale=0.5, write_back=back)
+                assert stepped is twin.outer_step(before, weights, 0.5)
+                twin.check()
+                for replica, old in zip(replicas, before, strict=True):
+                    for i, (p, was) in enumerate(zip(replica, old, strict=True)):
+                        new = was
+                        if back and stepped:
+                            shown = params[i]
+                            new = shown if type_name(p) == type_name(shown) else None
+                        cases(new is None or same_bits(p, new), (kind, i, back))
+
+
+def test_write_back_is_rounded_once_to_another_type(rng):
+    x = rng.standard_normal(1000).astype(np.float32)
+    half = made(rng.standard_normal(1000), "bfloat16")
+    optcore.SGD(x, lr=1.0).outer_step([half], write_back=True)
+    assert same_bits(half, made(x, "bfloat16"))
+    master = made(rng.standard_normal(1000), "bfloat16")
+    opt, replica = optcore.SGD(master, lr=0.1), rng.standard_normal(1000).astype(np.float32)
+    opt.outer_step([replica], write_back=True)
+    assert same_bits(replica, opt.state_dict()["state"][0]["master"])
+
+
+def test_averaging_is_a_step_of_one(rng):
+    x = np.zeros(3, np.float32)
+    a, b = (rng.integers(0, 9, 3).astype(np.float32) for _ in range(2))
+    optcore.SGD(x, lr=1.0).outer_step([a, b], weights=[1, 3])
+    assert same_bits(x, (a + 3 * b) / 4)
+
+
+def test_replicas_may_lie_otherwise_and_be_read_only(rng):
+    x = rng.standard_normal((40, 30)).astype(np.float32)
+    y, replica = x.copy(), rng.standard_normal((30, 40)).astype(np.float32)
+    fixed = replica.T.copy()
+    fixed.flags.writeable = False
+    optcore.SGD(x, lr=0.5).outer_step([replica.T], write_back=True)
+    optcore.SGD(y, lr=0.5).outer_step([fixed])
+    assert same_bits(x, y)
+    assert same_bits(replica.T, x)
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda opt, x, r: opt.outer_step(r), TypeError, "replica_params must be a list or tuple"),
+    (lambda opt, x, r: opt.outer_step([]), ValueError, "at least one entry, got none"),
+    (lambda opt, x, r: opt.outer_step([x]), ValueError,
+     r"replica_params\[0\] must not share memory with params"),
+    (lambda opt, x, r: opt.outer_step([r, r], write_back=True), ValueError,
+     r"must not share memory with replica_params\[0\].* where gradients are written"),
+    (lambda opt, x, r: opt.outer_step([r], write_back=1), TypeError, "write_back must be True or"),
+    (lambda opt, x, r: opt.outer_step([r], weights=[0]), ValueError, "finite sum > 0"),
+    (lambda opt, x, r: opt.outer_step([r[:2]]), ValueError, r"has shape \(2,\)"),
+    (lambda opt, x, r: opt.outer_step([None]), ValueError, "at least one array, got None"),
+])
+def test_refusals(call, error, words):
+    x, replica = np.ones(3, np.float32), np.zeros(3, np.float32)
+    opt = optcore.SGD(x, lr=0.1, momentum=0.9)
+    before = everything(opt, x, replica)
+    with pytest.raises(error, match=words):
+        call(opt, x, replica)
+    assert everything(opt, x, replica) == before
+    opt.outer_step([replica])
+
+
+def test_a_plain_step_follows_an_outer_one(rng):
+    x, replica, g = (rng.standard_normal(300).astype(np.float32) for _ in range(3))
+    opt = optcore.SGD(x, lr=0.1)
+    twin = Twin(opt)
+    for _ in range(2):
+        twin.outer_step([[replica.copy()]])
+        opt.outer_step([replica], write_back=True)
+        opt.step(g)
+        twin.step([g])
+        twin.check()
+    assert not same_bits(replica, x)
