@@ -11,7 +11,7 @@ from numpy cimport import_array, ndarray
 
 from optcore.arrays cimport lies_at, lies_like, spell
 from optcore.atomic cimport release, seize
-from optcore.memory cimport Buffer, zeroed
+from optcore.memory cimport zeroed
 from optcore.noise cimport GRID, key_of
 from optcore.norm cimport Norm, measures
 from optcore.options cimport (
@@ -34,7 +34,7 @@ from optcore.runtime cimport forks
 from optcore.storage cimport Stream
 from optcore.structure cimport Nest, Roots
 from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
-from optcore.table cimport Step, Table, assign, converted, rule_named, step_over
+from optcore.table cimport GRADS, Step, Table, assign, converted, rule_named, step_over
 
 from collections.abc import Iterable, Mapping, Set
 
@@ -44,9 +44,6 @@ from optcore.arrays import check_saved
 from optcore.options import OPTIMIZER_OPTIONS
 
 import_array()
-
-# What `_exclusively` runs
-ctypedef object (*call_t)(Plan, object, object, object)
 
 
 class _Bound:
@@ -60,26 +57,10 @@ BOUND = _Bound()
 # Where a parameter may be cut into parts that are stepped apart: each of whole runs of noise
 RUN = GRID
 cdef object bound_grads = BOUND
-cdef tuple GRADS = (b"grads",)
 
 
 cdef class Plan(Table):
     """The compiled part of `optcore.SGD`. Not for direct use."""
-
-    cdef Norm _norm
-    cdef Options _own           # the options that no group holds
-    cdef object _ema_schedule
-    cdef bint _is_built
-    cdef long _in_use           # 0: by no call; else 1 + the forks there had been when it began
-    cdef Buffer _weights        # of replicas
-    cdef object _grad_norm
-    cdef list _nonfinite
-    cdef Py_ssize_t _step_count
-    cdef Py_ssize_t _skipped
-    cdef object _param_groups
-    # Where others hold the rest of the gradients: takes this plan's sum of squares and the
-    # indices of its parameters that are not finite, returns everyone's.
-    cdef public object _join_squares
 
     cdef object _exclusively(self, call_t call, object a=None, object b=None, object c=None):
         """Run the one call at a time that an optimizer serves."""
@@ -87,6 +68,9 @@ cdef class Plan(Table):
         try:
             if not self._is_built:
                 raise RuntimeError("this optimizer was never built")
+            # what is open lets its own calls pass, and a loaded state puts an end to it
+            if self._open is not None and self._open is not a and call != <call_t>take_state:
+                raise RuntimeError(f"a step of this optimizer is under way, {self._open.where}")
             return call(self, a, b, c)
         finally:
             release(&self._in_use)
@@ -363,6 +347,13 @@ cdef class Plan(Table):
             self._ema_schedule(self._step_count), "ema_decay(step_count)"
         )
 
+    cdef void _key_noise(self) noexcept:
+        """Give every tensor the key of its noise in this step."""
+        cdef Py_ssize_t i
+        if self._any_draws:
+            for i in range(self._n):
+                self._tensors[i].key = key_of(self._own.seed, self._step_count, i)
+
     cdef bint _step(self, Step *step) except -1:
         """Measure, sweep, keep the books; whether the step was applied."""
         cdef Py_ssize_t i
@@ -384,9 +375,7 @@ cdef class Plan(Table):
                 step.scale *= 1 if factor > 1 else factor       # a NaN stays
         if not skips:
             self._groups.form_scalars(step.scale, step.ema_decay)
-            if self._any_draws:
-                for i in range(self._n):
-                    self._tensors[i].key = key_of(self._own.seed, self._step_count, i)
+            self._key_noise()
             sweep_all(STEP, self._tensors, self._n, step.n_elements)
             if step.starts:
                 with critical_section(self):
@@ -495,8 +484,8 @@ cdef class Plan(Table):
             every entry.
         weights : sequence of floats >= 0, optional
             One for each replica, the number of its examples say. The mean is formed as
-            ``s = w[0] * p[0]; s = s + w[k] * p[k]``, each weight divided by their sum in float64 and
-            then rounded once; without weights as ``(p[0] + p[1] + …) * (1 / len(replica_params))``.
+            ``s = w[0] * p[0]; s = s + w[k] * p[k]``, each weight divided by their sum in float64
+            and then rounded once; without weights as ``(p[0] + p[1] + …) * (1 / n)``.
         grad_scale : float, > 0, default 1
             Multiplies the difference.
         write_back : bool, default False
@@ -962,3 +951,4 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
         self._skipped = skipped
         self._grad_norm = None
         self._nonfinite = None
+        self._open = None

@@ -10,6 +10,8 @@ from optcore.structure cimport Nest, Roots, Watch
 from optcore.sweep cimport Tensor
 from libc.string cimport memset
 
+cdef tuple GRADS                # how errors name gradients that come in one set
+
 cdef struct Slot:               # what the table alone knows of a tensor
     Py_ssize_t group
     bint first_step             # its states have not started
@@ -29,15 +31,26 @@ cdef struct Step:               # of a plan; one that can no longer fail
     bint lacks_states           # a rule has states that are not there yet
     bint scattered              # a gradient lies otherwise than its parameter
     const double *weights       # of several gradients; NULL: none
+    const Py_ssize_t *part      # the n_part parameters that gradients come for; NULL: all
+    Py_ssize_t n_part
 
 
 cdef inline Step step_over(bint zeroing) noexcept:
-    """A step over gradients that are gradients, without weights."""
+    """A step over all parameters, gradients that are gradients, without weights."""
     cdef Step step
     memset(&step, 0, sizeof(step))
-    step.share = 1
+    step.scale = step.share = 1
     step.zeroing = zeroing
     return step
+
+
+cdef inline bint writes_gradients(const Step *step) noexcept:
+    return step.zeroing or step.writes_back
+
+
+cdef inline Py_ssize_t nth(const Step *step, Py_ssize_t j) noexcept:
+    """The index of the parameter for which gradients come in place j."""
+    return j if step.part == NULL else step.part[j]
 
 
 cdef class Table:
@@ -109,15 +122,16 @@ cdef class Table:
     # Taking gradients
     cdef tuple _listed(self, object given, Nest nest, str what)
     cdef int _ready(self, list sets, tuple names, Step *step, bint gathers=*) except -1
-    cdef int _view(self, list sets, tuple names, bint written) except -1
+    cdef Py_ssize_t _n_in(self, const Step *step) noexcept
+    cdef int _view(self, list sets, tuple names, const Step *step) except -1
     cdef int _take(self, list sets, tuple names, Step *step) except -1
     cdef int _take_one(
         self, Py_ssize_t i, Py_ssize_t k, object gradient, tuple names, Step *step, Stream *stream
     ) except -1
-    cdef int _gather(self, list sets, tuple names, bint written) except -1
+    cdef int _gather(self, list sets, tuple names, const Step *step) except -1
     cdef Py_ssize_t _scattered_one(self) except -1
     cdef int _return_scattered(self) except -1
-    cdef int _refuse_shared(self, tuple names) except -1
+    cdef int _refuse_shared(self, tuple names, const Step *step) except -1
     cdef void _add_other(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept
     cdef Span _span_like(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept
     cdef int _bind(self, Roots roots) except -1

@@ -534,30 +534,35 @@ cdef class Table:
 
     cdef int _ready(self, list sets, tuple names, Step *step, bint gathers=True) except -1:
         """Point every tensor at its gradients, which lie as they must then if this gathers them."""
-        cdef bint written = step.zeroing or step.writes_back
         self._to_return = None
         if sets is not None:
-            self._view(sets, names, written)
+            self._view(sets, names, step)
         self._take(sets, names, step)
         if step.scattered and gathers:
-            self._gather(sets, names, written)
+            self._gather(sets, names, step)
             self._take(sets, names, step)       # again, for copying may let others run
         return 0
 
-    cdef int _view(self, list sets, tuple names, bint written) except -1:
+    cdef Py_ssize_t _n_in(self, const Step *step) noexcept:
+        """The number of parameters that gradients come for, in the order of `nth`."""
+        return self._n if step.part == NULL else step.n_part
+
+    cdef int _view(self, list sets, tuple names, const Step *step) except -1:
         """Replace gradients of other libraries by NumPy's views, which `sets` then holds."""
-        cdef Py_ssize_t i, k
+        cdef Py_ssize_t j, k
         cdef tuple listed
+        cdef bint written = writes_gradients(step)
         for k in range(PyTuple_GET_SIZE(names)):
             listed = <tuple>sets[k]
             views = None
-            for i in range(self._n):
-                gradient = <object>PyTuple_GET_ITEM(listed, i)
+            for j in range(self._n_in(step)):
+                gradient = <object>PyTuple_GET_ITEM(listed, j)
                 if type(gradient) is not ndarray and gradient is not None:
                     if views is None:
                         views = list(listed)
-                    views[i] = as_ndarray(
-                        gradient, written, self._label(<bytes>PyTuple_GET_ITEM(names, k), i)
+                    views[j] = as_ndarray(
+                        gradient, written,
+                        self._label(<bytes>PyTuple_GET_ITEM(names, k), nth(step, j)),
                     )
             if views is not None:
                 sets[k] = tuple(views)
@@ -569,13 +574,13 @@ cdef class Table:
         No `sets` means the bound gradients. Nothing here runs code of the user's, and
         nothing that does may come between this and the sweep.
         """
-        cdef Py_ssize_t i, k, n_sets = PyTuple_GET_SIZE(names)
+        cdef Py_ssize_t i, j, k, n = self._n_in(step), n_sets = PyTuple_GET_SIZE(names)
         cdef bint bound = sets is None
         cdef bint kept = self._on_loan is not None or self._averages is not None
         cdef bint has_gradient = False, starts = False, lacks_states = False
         cdef Py_ssize_t n_elements = 0
         cdef const double *weights = step.weights
-        cdef bint zeroing = step.zeroing, written = step.zeroing or step.writes_back
+        cdef bint zeroing = step.zeroing
         cdef tuple params = self._params
         cdef Stream *grads
         cdef Slot *slot
@@ -583,9 +588,10 @@ cdef class Table:
         cdef Rule rule
         cdef int n_states
         step.scattered = False
-        self._streams.grow(self._n * n_sets, sizeof(Stream))
+        self._streams.grow(n * n_sets, sizeof(Stream))
         grads = <Stream *>self._streams.at
-        for i in range(self._n):
+        for j in range(n):
+            i = nth(step, j)
             t = &self._tensors[i]
             slot = &self._slots[i]
             if not is_unmoved(
@@ -607,7 +613,7 @@ cdef class Table:
             else:
                 for k in range(n_sets):
                     self._take_one(
-                        i, k, <object>PyTuple_GET_ITEM(<tuple>sets[k], i), names, step, &grads[k]
+                        i, k, <object>PyTuple_GET_ITEM(<tuple>sets[k], j), names, step, &grads[k]
                     )
             if grads[0].data != NULL:
                 has_gradient = True
@@ -627,8 +633,8 @@ cdef class Table:
             grads += n_sets
         step.n_elements, step.has_gradient = n_elements, has_gradient
         step.starts, step.lacks_states = starts, lacks_states
-        if written and not bound and not step.scattered:
-            self._refuse_shared(names)
+        if writes_gradients(step) and not bound and not step.scattered:
+            self._refuse_shared(names, step)
         return 0
 
     cdef int _take_one(
@@ -639,7 +645,7 @@ cdef class Table:
         cdef ndarray a
         cdef Py_ssize_t owner
         cdef Span span
-        cdef bint written = step.zeroing or step.writes_back
+        cdef bint written = writes_gradients(step)
         stream[0] = stream_at(NULL, FLOAT32)
         if gradient is not None:
             a = <ndarray>gradient
@@ -664,32 +670,33 @@ cdef class Table:
             )
         return 0
 
-    cdef int _refuse_shared(self, tuple names) except -1:
+    cdef int _refuse_shared(self, tuple names, const Step *step) except -1:
         """Refuse gradients that share memory where they are written."""
-        cdef Py_ssize_t i, k, first, second, n_sets = PyTuple_GET_SIZE(names)
+        cdef Py_ssize_t j, k, first, second, n_sets = PyTuple_GET_SIZE(names)
+        cdef Py_ssize_t n = self._n_in(step) * n_sets
         cdef const Stream *grads = <const Stream *>self._streams.at
         cdef const void **apart
-        cdef bint seen = self._n_apart == self._n * n_sets
-        self._apart.grow(self._n * n_sets, sizeof(void *))
+        cdef bint seen = self._n_apart == n and step.part == NULL
+        self._apart.grow(n, sizeof(void *))
         apart = <const void **>self._apart.at
-        for i in range(self._n * n_sets):
-            seen = seen and apart[i] == grads[i].data
+        for j in range(n):
+            seen = seen and apart[j] == grads[j].data
         if seen:
             return 0
         self._n_apart = 0
-        self._others.clear(self._n * n_sets)
-        for i in range(self._n):
+        self._others.clear(n)
+        for j in range(self._n_in(step)):
             for k in range(n_sets):
-                self._add_other(&grads[i * n_sets + k], i, k * self._n + i)
+                self._add_other(&grads[j * n_sets + k], nth(step, j), k * self._n + nth(step, j))
         if not self._others.sort(&first, &second):
             raise ValueError(
                 f"{spell(self._label(names[second // self._n], second % self._n))} must not share "
                 f"memory with {spell(self._label(names[first // self._n], first % self._n))} "
                 "where gradients are written, got overlapping arrays"
             )
-        for i in range(self._n * n_sets):
-            apart[i] = grads[i].data
-        self._n_apart = self._n * n_sets
+        for j in range(n):
+            apart[j] = grads[j].data
+        self._n_apart = n if step.part == NULL else 0
         return 0
 
     cdef void _add_other(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept:
@@ -700,25 +707,27 @@ cdef class Table:
     cdef Span _span_like(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept:
         return span_at(stream.data, self._tensors[i].size * itemsize_of(stream.storage), owner)
 
-    cdef int _gather(self, list sets, tuple names, bint written) except -1:
+    cdef int _gather(self, list sets, tuple names, const Step *step) except -1:
         """Copy gradients that lie otherwise than their parameters into buffers kept for them."""
-        cdef Py_ssize_t i, k
+        cdef Py_ssize_t i, j, k
         cdef ndarray param
+        cdef bint written = writes_gradients(step)
         self._to_return = []
         for k in range(len(sets)):
             gathered = list(sets[k])
-            for i in range(self._n):
-                gradient, param = gathered[i], <ndarray>self._params[i]
+            for j in range(len(gathered)):
+                i = nth(step, j)
+                gradient, param = gathered[j], <ndarray>self._params[i]
                 if gradient is None or fits(<ndarray>gradient, param, written):
                     continue
                 check_but_layout(<ndarray>gradient, param, written, self._label(names[k], i))
                 buffer = self._buffers.get((k, i))
                 if buffer is None or buffer.dtype != gradient.dtype:
                     self._buffers[k, i], = allocate_like((param,), (gradient.dtype,))
-                gathered[i] = self._buffers[k, i]
-                PyArray_CopyInto(<ndarray>gathered[i], <ndarray>gradient)
+                gathered[j] = self._buffers[k, i]
+                PyArray_CopyInto(<ndarray>gathered[j], <ndarray>gradient)
                 if written:
-                    self._to_return.append((gradient, gathered[i]))
+                    self._to_return.append((gradient, gathered[j]))
             sets[k] = tuple(gathered)
         return 0
 
@@ -753,7 +762,7 @@ cdef class Table:
                               self._label(b"grads", i))
         sets[0] = tuple([None if i in scalars else gradient for i, gradient in enumerate(sets[0])])
         step = step_over(True)
-        self._view(sets, GRADS, True)
+        self._view(sets, GRADS, &step)
         self._take(sets, GRADS, &step)
         sums = zeroed(self._n, sizeof(Tensor))
         bound = tuple([scalars.get(i, gradient) for i, gradient in enumerate(sets[0])])

@@ -7,7 +7,7 @@ benchmarks take their cases from there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -204,6 +204,20 @@ def weighted(replicas, weights):
     for w, g in zip(weights[1:], replicas[1:], strict=True):
         s = s + real(float(w) / total) * g
     return s
+
+
+def accumulated(rule):
+    """Return a rule of momentum for gradients stacked in one array, which the velocity adds up."""
+
+    def equation(x, d, v, o):
+        first = o.first_step and not o.dampen_first
+        more = replace(o, momentum=1.0, dampening=0.0 if first else o.dampening)
+        _, v = rule.equation(x, d[0], v, o)
+        for each in d[1:]:
+            _, v = rule.equation(x, each, v, more)
+        return x + v if rule.lr_in_velocity else x - x.dtype.type(o.lr) * v, v
+
+    return replace(rule, equation=equation)
 
 
 def averaged(e, x, decay):

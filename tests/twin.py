@@ -10,6 +10,7 @@ from reference import (
     FRACTION_BITS,
     RULES_BY_ID,
     Options,
+    accumulated,
     averaged,
     joined,
     master_of,
@@ -110,7 +111,7 @@ class Twin:
     def live(self):
         return [p for group in self.opt.param_groups for p in group["params"]]
 
-    def step(self, grads, grad_scale=1.0):
+    def step(self, grads, grad_scale=1.0, rule_of=rule_of):
         """`grads` are leaves: one for each parameter, or None. Return whether it was applied."""
         opt = self.opt
         grads = [None if g is None else np.array(g, order="F" if p.flags.fnc else "C")
@@ -195,12 +196,37 @@ class Twin:
 
     def outer_step(self, replicas, weights=None, grad_scale=1.0):
         """`replicas` are lists of leaves."""
-        share = 1 if weights is not None else 1 / len(replicas)
         with np.errstate(all="ignore"):
             sums = [summed(ps, weights) for ps in zip(*replicas, strict=True)]
+        return self._step_towards(sums, 1 if weights is not None else 1 / len(replicas), grad_scale)
+
+    def collect(self, replicas, weights=None, total=None, grad_scale=1.0):
+        """`replicas` are lists of leaves in the order of their arrival."""
+        if weights is None or total is not None:
+            return self.outer_step(replicas, weights, grad_scale)
+        whole = 0.0
+        for w in weights:
+            whole = whole + float(w)
+        first = next(float(w) for w in weights if w)
+        with np.errstate(all="ignore"):
+            sums = [None if ps[0] is None else
+                    added(ps, [float(w) / first for w in weights])
+                    for ps in zip(*replicas, strict=True)]
+        return self._step_towards(sums, first / whole, grad_scale)
+
+    def _step_towards(self, sums, share, grad_scale):
+        with np.errstate(all="ignore"):
             differences = [None if s is None else x - x.dtype.type(share) * s
                            for x, s in zip(self.params, sums, strict=True)]
         return self.step(differences, grad_scale)
+
+    def accumulate(self, batches, grad_scale=1.0):
+        """`batches` are lists of leaves: the gradients that are folded into the velocities."""
+        stacks = []
+        for x, grads in zip(self.params, zip(*batches, strict=True), strict=True):
+            grads = [widened(g).astype(x.dtype) for g in grads if g is not None]
+            stacks.append(np.stack(grads) if grads else None)
+        return self.step(stacks, grad_scale, lambda options: accumulated(rule_of(options)))
 
     def check(self, entries=None):
         """Compare with what a state dictionary holds, or with the entries given."""
@@ -225,12 +251,17 @@ def summed(arrays, weights):
     """What a step adds up of one parameter's arrays, one of each replica."""
     if arrays[0] is None:
         return None
-    arrays = [widened(a) for a in arrays]
     if weights is not None:
-        return weighted(arrays, weights)
-    total = arrays[0]
-    for a in arrays[1:]:
-        total = total + a
+        return weighted([widened(a) for a in arrays], weights)
+    return added(arrays, [1.0] * len(arrays))
+
+
+def added(arrays, factors):
+    """What a step adds up of arrays, each times a factor."""
+    real = widened(arrays[0]).dtype.type
+    total = real(factors[0]) * widened(arrays[0])
+    for factor, a in zip(factors[1:], arrays[1:], strict=True):
+        total = total + real(factor) * widened(a)
     return total
 
 

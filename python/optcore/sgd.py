@@ -10,6 +10,7 @@ from optcore import checkpoint
 from optcore._state import STATE_VERSION, NotFound, State, completed, saved_group, schedules_of
 from optcore._structure import Group, given_groups, read_group, read_groups, structure_of
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
+from optcore.pieces import Accumulating, Collecting, Stepping
 from optcore.plan import Plan
 from optcore.structure import Nest
 
@@ -292,6 +293,115 @@ class SGD(Plan, GroupOptions):
         self._groups_read, self._structure = groups, nests[0]
         param_group = {**param_group, "params": groups[-1].params}
         self._given = [*self._given, (param_group, grads, velocities)]
+
+    def stepping(self, *, grad_scale: float = 1.0, zero_grad: bool = False) -> Stepping:
+        """Take one step parameter by parameter, as their gradients appear.
+
+        ::
+
+            with opt.stepping() as part:
+                part.step("fc2.weight", grad)
+                part.step({"fc1.weight": g, "fc1.bias": h})
+
+        A layer is stepped while its gradient is in the caches, and one buffer may serve the
+        gradients of all layers. Schedules are asked once, at the beginning. The block is one step:
+        what it does not name is left out, as if its gradient were None. After an exception in it,
+        what was stepped stays so, and counts. Until it is left, every other call is refused.
+
+        Parameters
+        ----------
+        grad_scale, zero_grad
+            As in `step`.
+
+        Returns
+        -------
+        optcore.pieces.Stepping
+            Its method ``step(key, grad)``.
+
+        Raises
+        ------
+        ValueError
+            On entering where `max_norm`, `skip_nonfinite` or `track_grad_norm` is set, which need
+            all gradients; on leaving where none was given. RuntimeError as `step`.
+        """
+        return Stepping(self, grad_scale, zero_grad)
+
+    def accumulating(self, *, grad_scale: float = 1.0) -> Accumulating:
+        """Take one step by the sum of micro-batches' gradients, without an array to add them in.
+
+        ::
+
+            with opt.accumulating(grad_scale=1 / len(batches)) as micro:
+                for batch in batches:
+                    micro.add(gradients(params, batch))
+
+        Momentum is linear, and so the velocity itself is the sum: ``v = ρ·v + g₁``, then
+        ``v = v + gₖ``, and ``x = x - α·v`` at the end of the block. Schedules are asked once, at
+        the beginning. Until the block is left, every other call is refused. Gradients that were
+        folded before an exception cannot be taken back: the parameters are as they were then, and
+        ``opt.accumulating()`` goes on where it was left, or loading a state puts an end to it.
+
+        Parameters
+        ----------
+        grad_scale : float, > 0, default 1
+            Multiplies every gradient first.
+
+        Returns
+        -------
+        optcore.pieces.Accumulating
+            Its method ``add(grads)``.
+
+        Raises
+        ------
+        ValueError
+            On entering for what is not the same in pieces, with the reason: no momentum, Nesterov,
+            coupled weight decay, `clip_value`, `flush_subnormals`, narrow velocities, and what
+            needs the norm (`max_norm`, `skip_nonfinite`, `track_grad_norm`). On leaving where no
+            gradient was given. RuntimeError as `step`.
+        """
+        return Accumulating.over(self, grad_scale)
+
+    def collecting(self, *, total: float | None = None, grad_scale: float = 1.0) -> Collecting:
+        """Take an outer step from replicas that come one by one, of which none is kept.
+
+        ::
+
+            with opt.collecting() as mean:
+                for params, n_examples in replies:
+                    mean.add(params, n_examples)
+
+        Each is folded into one buffer of the model's size, in the arithmetic type, and the step is
+        taken at the end of the block. An exception in it leaves all as it was.
+
+        Parameters
+        ----------
+        total : float > 0, optional
+            The sum of all weights, where it is known beforehand. The bits are then those of
+            ``outer_step(all, weights=weights)`` in the order of arrival.
+        grad_scale : float, > 0, default 1
+            As in `outer_step`.
+
+        Returns
+        -------
+        optcore.pieces.Collecting
+            Its method ``add(params, weight=None)``; `applied` tells after the block whether the
+            step was applied.
+
+        Raises
+        ------
+        ValueError
+            On leaving where no replica came, where all weights are zero, or where they do not add
+            up to `total`. TypeError, ValueError, RuntimeError as `outer_step`.
+
+        Notes
+        -----
+        Without `total` the sum is ``s = p₁; s = s + (wₖ/w₁)·pₖ`` and the mean w₁ / Σw of it, each
+        factor formed in float64 and rounded once; w₁ is the first weight that is not zero. Equal
+        weights and none have the bits of ``outer_step(all)``, others equal those of
+        ``outer_step(all, weights=weights)`` to rounding: there the sum of the weights is known
+        before the first product.
+        """
+        return Collecting(self, total, grad_scale)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to build a copy over the arrays, which are copied along."""
