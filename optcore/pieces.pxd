@@ -45,7 +45,7 @@ cdef class Collecting(Piece):
     cdef object _applied
     cdef bint _weighs
     cdef list _sums             # arrays or None
-    cdef double _factor_of(self, object weight) except? -1
+    cdef double _factor_of(self, double w, bint weighs) except? -1
     cdef int _add(self, object params, object weight) except -1
     cdef int _refuse_growth(self, str what) except -1
     cdef int _check_pattern(self, list sums, str what) except -1

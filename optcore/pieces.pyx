@@ -46,6 +46,7 @@ cdef class Piece:
     """A step that is under way, entered and left by `with`."""
 
     def __init__(self, Plan plan not None, grad_scale, zero_grad=False):
+        number(grad_scale, "grad_scale", POSITIVE)      # now: a round may take hours
         self._plan, self._grad_scale, self._zero_grad = plan, grad_scale, zero_grad
         self._memory, self._numbers = Buffer(), Buffer()
 
@@ -480,25 +481,21 @@ cdef class Collecting(Piece):
         self._check_entered("add")
         self._plan._exclusively(add_params, self, params, weight)
 
-    cdef double _factor_of(self, object weight) except? -1:
+    cdef double _factor_of(self, double w, bint weighs) except? -1:
         """What multiplies the next replica."""
-        cdef double w
-        if self._n > 0 and (weight is not None) != self._weighs:
+        if self._n > 0 and weighs != self._weighs:
             raise TypeError("weight must be given for every replica or for none")
-        if weight is None:
-            if self._total != 0:
-                raise TypeError("weight must be given where total is")
-            return 1
-        w = number(weight, "weight", NONNEGATIVE)
         if self._total != 0:
+            if not weighs:
+                raise TypeError("weight must be given where total is")
             return w / self._total
         return 0 if w == 0 else 1 if self._first == 0 else w / self._first
 
     cdef int _add(self, object params, object weight) except -1:
         cdef Plan plan = self._plan
         cdef Py_ssize_t i
-        cdef double factor = self._factor_of(weight)
         cdef double w = 1 if weight is None else number(weight, "weight", NONNEGATIVE)
+        cdef double factor = self._factor_of(w, weight is not None)
         cdef str what = f"replica_params[{self._n}]"
         cdef Step step = step_over(False)
         cdef list sums = self._sums

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from twin import OPTIONS, Twin, alike, leaves, like
+from twin import OPTIONS, Twin, alike, leaves, like, number_now
 
 import optcore
 from optcore.runtime import always_threaded, simd, simd_levels_available
@@ -525,17 +525,22 @@ class Life:
 
     def arguments(self, n_sets=1, *, wrong=True):
         """Keywords of a step, and what they are refused with."""
+        scale, refusal = self.scaling(n_sets, wrong=wrong)
         zero = self.one_of(False, False, False, True, np.True_)
+        if wrong and self.chance(0.03):
+            zero = self.one_of(1, None, "no")
+        return zero, scale, refusal if isinstance(zero, (bool, np.bool_)) else TypeError
+
+    def scaling(self, n_sets=1, *, wrong=True):
+        """A step's grad_scale, and what it is refused with."""
         scale = self.one_of(1.0, 1.0, 1, 0.25, np.float32(0.5), 1 / 3)
-        if wrong and self.chance(0.06):
-            zero = self.one_of(zero, 1, None, "no")
+        if wrong and self.chance(0.04):
             scale = self.one_of(0, -1, math.nan, math.inf, "1", True, None, 1e-300, 1e300,
                                 np.ones(2), 1j)
-        refusal = None if isinstance(zero, (bool, np.bool_)) else TypeError
-        refusal = refusal or number_refusal("grad_scale", scale)
+        refusal = number_refusal("grad_scale", scale)
         if refusal is None and float(scale) / n_sets != 1:
             refusal = number_refusal("grad_scale", float(scale) / n_sets, self.any_float32)
-        return zero, scale, refusal
+        return scale, refusal
 
     def wrong_option(self, name):
         if name in FLAGS:
@@ -602,9 +607,7 @@ class Life:
             kept = [None if g is None else g.copy() for g in given]
             refusals += [ValueError] * all(g is None for g in given)
             if zero is not False:
-                for g in given:
-                    if g is not None and not g.flags.writeable:
-                        refusals += [ValueError, TypeError][: 1 + isinstance(g, np.generic)]
+                refusals += self.unwritable(given)
         done = self.attempt(refusals, lambda: step(grad_scale=scale, zero_grad=zero),
                             [] if flaw else grads)
         if any(refusals):
@@ -612,6 +615,11 @@ class Life:
         agree(done is follow(kept, float(scale)), "whether the step was skipped")
         for g, before in zip(given, kept, strict=True):
             agree(g is None or (not g.any() if zero else alike(g, before)), "a given gradient")
+
+    def unwritable(self, arrays):
+        """What those that are to be written are refused with."""
+        return [error for a in arrays if a is not None and not a.flags.writeable
+                for error in [ValueError, TypeError][: 1 + isinstance(a, np.generic)]]
 
     def step(self):
         flaw = None
@@ -732,12 +740,7 @@ class Life:
 
     def step_replicas(self):
         n = self.one_of(1, 2, 3)
-        first = self.map_trees(self.gradient)
-        replicas = [first] + [
-            like(first, lambda g: None if g is None else self.laid(
-                self.values(g.shape, type_name(g)), g, self.one_of("as p", "other", "strided")))
-            for _ in range(n - 1)
-        ]
+        replicas = self.replicas(n)
         weights = self.one_of(None, [self.random.random() + 0.1 for _ in range(n)], [1] * n,
                               tuple(range(1, n + 1)), np.arange(1.0, n + 1))
         flaw = None
@@ -754,6 +757,132 @@ class Life:
                 [kept[k * m : (k + 1) * m] for k in range(n)], weights, scale),
             flaw, 1 if weights is not None else n,
         )
+
+    def replicas(self, n):
+        """Parameters, or gradients, of n replicas, None in the same places."""
+        first = self.map_trees(self.gradient)
+        return [first] + [
+            like(first, lambda g: None if g is None else self.laid(
+                self.values(g.shape, type_name(g)), g, self.one_of("as p", "other", "strided")))
+            for _ in range(n - 1)
+        ]
+
+    def outer_step(self):
+        n = self.one_of(1, 2, 3)
+        replicas = self.replicas(n)
+        weights = self.one_of(None, [self.random.random() + 0.1 for _ in range(n)])
+        flaw = None
+        given = replicas
+        if self.chance(0.1):
+            given, weights, flaw = self.wrong_replicas(replicas, weights)
+        scale, wrong = self.scaling(wrong=flaw is None)
+        back = self.chance(0.4)
+        arrays = [leaves(replica) for replica in replicas]
+        refusals = [wrong, self.groups_refusal(count=self.twin.count), flaw]
+        if not flaw:
+            refusals += [ValueError] * all(p is None for p in arrays[0])
+            if back:
+                refusals += self.unwritable([p for replica in arrays for p in replica])
+        kept = [[None if p is None else p.copy() for p in replica] for replica in arrays]
+        done = self.attempt(refusals, lambda: self.opt.outer_step(
+            given if flaw else [self.shuffled(replica) for replica in given], weights=weights,
+            grad_scale=scale, write_back=back), replicas)
+        if any(refusals):
+            return
+        agree(done is self.twin.outer_step(kept, weights, float(scale)), "whether it was skipped")
+        for replica, before in zip(arrays, kept, strict=True):
+            for i, (p, old) in enumerate(zip(replica, before, strict=True)):
+                if p is not None:
+                    agree(alike(p, self.returned(i, p) if back and done else old), "a replica")
+
+    def returned(self, i, p):
+        """What is written back into a replica's parameter."""
+        if type_name(p) == type_name(self.live[i]):
+            return self.live[i]
+        return np.array(rounded(self.twin.params[i], type_name(p)))
+
+    @property
+    def measures(self):
+        """What a step in pieces is refused with where the norm has to be known."""
+        settings = self.settings
+        needed = settings["skip_nonfinite"] or settings["track_grad_norm"] or (
+            settings["max_norm"] not in (None, math.inf))
+        return ValueError if needed else None
+
+    def stepping(self):
+        grads = leaves(self.map_trees(self.gradient))
+        zero, scale, wrong = self.arguments()
+        if any(g is not None and not g.flags.writeable for g in grads):
+            zero = False
+            scale, wrong = 1.0, None
+        refusals = [wrong, self.measures, self.groups_refusal(count=self.twin.count)]
+        refusals += [ValueError] * all(g is None for g in grads)
+        order = list(range(len(grads)))
+        self.random.shuffle(order)
+        size = self.one_of(1, 2, 3)
+        kept = [None if g is None else g.copy() for g in grads]
+
+        def block():
+            with self.opt.stepping(grad_scale=scale, zero_grad=zero) as part:
+                for k in range(0, len(order), size):
+                    part.step({i: grads[i] for i in order[k : k + size]})
+
+        self.attempt(refusals, block, grads)
+        if any(refusals):
+            return
+        self.twin.step(kept, float(scale))
+        for g, before in zip(grads, kept, strict=True):
+            agree(g is None or (not g.any() if zero else alike(g, before)), "a given gradient")
+
+    def accumulating(self):
+        batches = [self.map_trees(self.gradient) for _ in range(self.one_of(1, 2, 3))]
+        batches = [grads for grads in batches if any(g is not None for g in leaves(grads))]
+        if not batches:
+            return NOTHING
+        scale, wrong = self.scaling()
+        refusals = [wrong, self.measures, self.groups_refusal(count=self.twin.count)]
+        refusals += [ValueError] * any(map(self.cannot_fold, self.groups))
+
+        def block():
+            with self.opt.accumulating(grad_scale=scale) as micro:
+                for grads in batches:
+                    micro.add(self.shuffled(grads))
+
+        self.attempt(refusals, block, batches)
+        if not any(refusals):
+            self.twin.accumulate([leaves(grads) for grads in batches], float(scale))
+        return None
+
+    def cannot_fold(self, group):
+        now = {name: number_now(value, self.twin.count) if name in NUMBERS else value
+               for name, value in group.items()}
+        return (
+            now["momentum"] == 0 or now["nesterov"] or now["clip_value"] not in (None, math.inf)
+            or now["flush_subnormals"] or now["velocity_dtype"] == "bfloat16"
+            or (now["weight_decay"] and not now["decoupled_weight_decay"])
+        )
+
+    def collecting(self):
+        n = self.one_of(1, 2, 3)
+        replicas = self.replicas(n)
+        weights = self.one_of(None, [self.random.random() + 0.1 for _ in range(n)],
+                              [0.0] * (n - 1) + [3.0])
+        total = None if weights is None or self.chance() else sum(weights)
+        scale, wrong = self.scaling()
+        refusals = [wrong, self.groups_refusal(count=self.twin.count)]
+        refusals += [ValueError] * all(p is None for p in leaves(replicas[0]))
+
+        def block():
+            with self.opt.collecting(total=total, grad_scale=scale) as mean:
+                for k, replica in enumerate(replicas):
+                    mean.add(self.shuffled(replica), None if weights is None else weights[k])
+            return mean.applied
+
+        done = self.attempt(refusals, block, replicas)
+        if not any(refusals):
+            agree(done is self.twin.collect(
+                [leaves(replica) for replica in replicas], weights, total, float(scale)),
+                "whether it was skipped")
 
     def wrong_replicas(self, replicas, weights):
         n = len(replicas)
@@ -1403,7 +1532,8 @@ class Life:
 
 # By how often they come
 CALLS = {
-    Life.step: 24, Life.step_bound: 10, Life.step_replicas: 10, Life.step_shared: 2,
+    Life.step: 24, Life.step_bound: 10, Life.step_replicas: 6, Life.step_shared: 2,
+    Life.outer_step: 5, Life.stepping: 5, Life.accumulating: 5, Life.collecting: 5,
     Life.accumulate: 5, Life.zero_grad: 2, Life.grow: 2, Life.set_option: 6, Life.edit_group: 6,
     Life.edit_groups_badly: 2, Life.schedule_badly: 2, Life.change_in_place: 1,
     Life.set_setting: 4, Life.read: 2, Life.write: 2, Life.spoil_memory: 2, Life.replace_array: 2,
