@@ -146,7 +146,8 @@ cdef int hold(Piece self) except -1:
     self._taken = bytearray(plan._n)
     plan._groups.form_scalars(self._step.scale, self._step.ema_decay)
     plan._key_noise()
-    plan._open = self
+    with critical_section(plan):
+        plan._open = self
     return 0
 
 

@@ -25,6 +25,7 @@ cdef class Plan(Table):
     cdef public object _join_squares
 
     cdef object _exclusively(self, call_t call, object a=*, object b=*, object c=*)
+    cdef int _refuse_inside(self, call_t call, object a) except -1
     cdef int _seize(self) except -1
 
     # Options

@@ -64,16 +64,23 @@ cdef class Plan(Table):
 
     cdef object _exclusively(self, call_t call, object a=None, object b=None, object c=None):
         """Run the one call at a time that an optimizer serves."""
+        self._refuse_inside(call, a)        # first, so as not to be in the way of what is open
         self._seize()
         try:
             if not self._is_built:
                 raise RuntimeError("this optimizer was never built")
-            # what is open lets its own calls pass, and a loaded state puts an end to it
-            if self._open is not None and self._open is not a and call != <call_t>take_state:
-                raise RuntimeError(f"a step of this optimizer is under way, {self._open.where}")
+            self._refuse_inside(call, a)
             return call(self, a, b, c)
         finally:
             release(&self._in_use)
+
+    cdef int _refuse_inside(self, call_t call, object a) except -1:
+        """Refuse other calls than its own, and than a load that ends it, in a step in pieces."""
+        with critical_section(self):
+            piece = self._open
+        if piece is not None and piece is not a and call != <call_t>take_state:
+            raise RuntimeError(f"a step of this optimizer is under way, {piece.where}")
+        return 0
 
     cdef int _seize(self) except -1:
         """Become the one call that uses this optimizer, in any thread."""

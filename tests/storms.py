@@ -29,13 +29,25 @@ def own_optimizers(seconds):
         params, velocity = draw(), np.zeros(300, np.float32)
         opt = optcore.SGD(params, lr=lambda step: 0.1, momentum=0.9, nesterov=True, max_norm=1.0,
                           ema_decay=0.9, skip_nonfinite=True, grads=draw())
+        others = draw()
+        pieces = optcore.SGD(others, lr=0.1, momentum=0.9)
         for _ in range(n_steps):
             opt.accumulate(draw())
             opt.step(grad_scale=0.5, zero_grad=True)
             opt.step_replicas([draw(), draw()], weights=[1, 2])
             opt.step([None, *draw()[1:]])
             optcore.momentum_step(params[1], draw()[1], velocity, lr=0.1, momentum=0.9)
-        return b"".join(a.tobytes() for a in (*params, *opt.ema, velocity))
+            opt.outer_step([draw(), draw()], weights=[1, 2])
+            with opt.collecting() as mean:
+                mean.add(draw(), 3)
+                mean.add(draw(), 1)
+            with pieces.accumulating() as micro:
+                micro.add(draw())
+                micro.add(draw())
+            with pieces.stepping() as part:
+                part.step(1, draw()[1])
+                part.step({0: draw()[0], 2: draw()[2]})
+        return b"".join(a.tobytes() for a in (*params, *opt.ema, velocity, *others))
 
     expected = work(5)
 

@@ -246,6 +246,45 @@ def replicas(dtype):
         yield *numbers_of(opt), *params_of(opt), *itertools.chain(*sets), *states_of(opt)
 
 
+def outer_steps(dtype):
+    """Towards one to nine replicas, at once and one by one, and back into them."""
+    numbers = Numbers(dtype)
+    for threads, rule, clip, workers, weighted in itertools.product(
+        [1, 3], OPTIMIZERS, CLIPS, [1, 2, 3, 4, 5, 9], [False, True]
+    ):
+        optcore.set_num_threads(threads)
+        opt = optcore.SGD(numbers.model(SMALL), lr=0.7, track_grad_norm=True, weight_decay=0.001,
+                          **rule, **clip)
+        weights = [1.0, 3.0, 0.1, 7.0, 0.0, 2.0, 5.0, 0.3, 4.0][:workers] if weighted else None
+        sets = [numbers.model(SMALL) for _ in range(workers)]
+        opt.outer_step(sets, weights=weights, grad_scale=0.7, write_back=weighted)
+        yield *numbers_of(opt), *params_of(opt), *itertools.chain(*sets), *states_of(opt)
+        with opt.collecting(grad_scale=0.7) as mean:
+            for k in range(workers):
+                mean.add(numbers.model(SMALL), weights and weights[k])
+        yield *numbers_of(opt), *params_of(opt), *states_of(opt)
+
+
+def pieces(dtype):
+    """Micro-batches folded into the velocities, and steps parameter by parameter."""
+    numbers = Numbers(dtype)
+    for threads, right, decay, clip in itertools.product(
+        [1, 3], [False, True], [0.0, 0.001], [False, True]
+    ):
+        optcore.set_num_threads(threads)
+        opt = optcore.SGD(numbers.model(LARGE), lr=0.1, momentum=0.9, lr_in_velocity=right,
+                          weight_decay=decay, decoupled_weight_decay=True)
+        with opt.accumulating(grad_scale=0.3) as micro:
+            for _ in range(3):
+                micro.add(numbers.model(LARGE))
+        yield *params_of(opt), *states_of(opt)
+        opt.clip_value = 0.1 if clip else None
+        with opt.stepping(grad_scale=0.3) as part:
+            for i, grad in enumerate(numbers.model(LARGE)):
+                part.step(i, grad)
+        yield *params_of(opt), *states_of(opt)
+
+
 def threads(dtype):
     """Models large enough to be cut for threads."""
     numbers = Numbers(dtype)
@@ -337,6 +376,7 @@ SECTIONS = {
     for section, table in [
         (functions, [DTYPES, STEPS]), (specials, [DTYPES, STEPS]), (entries, [DTYPES]),
         (many_steps, [DTYPES]), (models, [DTYPES]), (replicas, [DTYPES]), (threads, [DTYPES]),
+        (outer_steps, [DTYPES]), (pieces, [DTYPES]),
         (norms, [DTYPES]), (accumulation, [DTYPES]), (conversions, [DTYPES]),
         (half_models, [["bfloat16", "float16"]]),
     ]

@@ -177,6 +177,8 @@ def setter(name, value):
 CALLS = {
     "step": lambda model, _: model.opt.step(),
     "step_replicas": lambda model, _: model.opt.step_replicas([model.give(model.grads)] * 2),
+    "outer_step": lambda model, _: model.opt.outer_step([model.give(model.grads)] * 2),
+    "collecting": lambda model, _: model.opt.collecting().__enter__().add(model.give(model.grads)),
     "accumulate": lambda model, _: model.opt.accumulate(model.give(model.grads)),
     "zero_grad": lambda model, _: model.opt.zero_grad(),
     "max_norm": setter("max_norm", 1.0),
@@ -307,6 +309,8 @@ def test_single_values_are_there_in_the_middle_of_a_step(place):
 # Every other call that may run code of the user's
 ENTRIES = {
     "step_replicas": lambda model: model.opt.step_replicas([produce(model.grads, model.trap)]),
+    "outer_step": lambda model: model.opt.outer_step([produce(model.grads, model.trap)]),
+    "collecting": lambda model: collect(model),
     "accumulate": lambda model: model.opt.accumulate(produce(model.grads, model.trap)),
     "max_norm": lambda model: setattr(model.opt, "max_norm", exact(1, model.trap)),
     "ema_decay": lambda model: setattr(model.opt, "ema_decay", exact(0.25, model.trap)),
@@ -316,6 +320,11 @@ ENTRIES = {
     "load_state_dict": lambda model: load_edited(model),
     "save": lambda model: (edit(model), save(model)),
 }
+
+
+def collect(model):
+    with model.opt.collecting() as mean:
+        mean.add(produce(model.grads, model.trap), exact(1, model.trap))
 
 
 def edit(model):

@@ -215,6 +215,28 @@ def test_other_calls_are_refused_in_the_middle_of_a_step(enter, rng):
 
 
 @pytest.mark.parametrize("enter", ["stepping", "accumulating"])
+def test_in_the_middle_of_another_step(enter, rng):
+    """By a schedule; and a piece's own schedule may not call either."""
+    calls = []
+
+    def lr(count):
+        for call in calls:
+            with pytest.raises(RuntimeError, match="in use already"):
+                call()
+        return 0.1
+
+    params = draw(rng, 300, 7)
+    opt = optcore.SGD(params, lr=lr, momentum=0.9)
+    grads = [np.ones_like(p) for p in params]
+    calls += [getattr(opt, enter)().__enter__, lambda: opt.step(grads)]
+    opt.step(grads)
+    with getattr(opt, enter)() as piece:
+        assert piece.add(grads) is None if enter == "accumulating" else piece.step(
+            dict(enumerate(grads))) is None
+    assert opt.step_count == 2
+
+
+@pytest.mark.parametrize("enter", ["stepping", "accumulating"])
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"skip_nonfinite": True},
                                     {"track_grad_norm": True}])
 def test_what_needs_the_norm_is_refused(enter, option, rng):
