@@ -342,7 +342,7 @@ cdef inline inlined add_several(
 cdef inline inlined add_gradients(
     real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, const Converters c
 ) noexcept nogil:
-    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + …, in the arithmetic type; 1 where there are no weights.
+    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + …, in the arithmetic type; w is 1 without weights.
 
     -0 plus anything is that, to the last bit: it stands for d before the first and for those that
     lack to the last four.
