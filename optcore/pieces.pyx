@@ -45,10 +45,13 @@ import_array()
 cdef class Piece:
     """A step that is under way, entered and left by `with`."""
 
+    def __cinit__(self, Plan plan not None, *_):
+        self._plan = plan
+        self._memory, self._numbers = Buffer(), Buffer()
+
     def __init__(self, Plan plan not None, grad_scale, zero_grad=False):
         number(grad_scale, "grad_scale", POSITIVE)      # now: a round may take hours
-        self._plan, self._grad_scale, self._zero_grad = plan, grad_scale, zero_grad
-        self._memory, self._numbers = Buffer(), Buffer()
+        self._grad_scale, self._zero_grad = grad_scale, zero_grad
 
     @property
     def _name(self):
@@ -259,24 +262,23 @@ cdef class Stepping(Piece):
 
 cdef object step_some(Plan plan, object piece, object pairs, object _):
     cdef Stepping self = piece
-    indices, grads = [], []
-    if any([grad is BOUND for _, grad in pairs]):
-        if plan._bound is None:
-            raise TypeError("grad must be given to step() where none were bound")
-        plan._look_at_bound()
+    cdef dict grads = {}
+    cdef Py_ssize_t i
     for key, grad in pairs:
         i = self._index_of(key)
         if grad is BOUND:
+            if plan._bound is None:
+                raise TypeError("grad must be given to step() where none were bound")
+            plan._look_at_bound()
             grad = plan._bound[i]
-        if self._taken[i] or i in indices:
+        if self._taken[i] or i in grads:
             raise ValueError(
                 f"{spell(plan._label(b'params', i))} must be stepped once in a step, got it twice"
             )
         if grad is not None:
-            indices.append(i)
-            grads.append(grad)
-    if indices:
-        self._take(indices, grads)
+            grads[i] = grad
+    if grads:
+        self._take(list(grads), list(grads.values()))
 
 
 # Gradients folded into the velocities

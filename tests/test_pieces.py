@@ -11,6 +11,7 @@ from test_outer import HALVES, SIZES, made_as, random_options
 from twin import Twin, draw, everything
 
 import optcore
+from optcore import pieces
 from optcore.runtime import simd, simd_levels_available
 from reference import same_bits
 
@@ -258,6 +259,13 @@ def test_nothing_given(enter, words, rng):
         pass
     assert everything(opt) == before
     opt.step([p.copy() for p in opt.param_groups[0]["params"]])
+
+
+@pytest.mark.parametrize("kind", [pieces.Stepping, pieces.Accumulating, pieces.Collecting])
+def test_made_otherwise(kind):
+    for arguments in ((), (None, 1.0), ([], 1.0)):
+        with pytest.raises(TypeError):
+            kind.__new__(kind, *arguments)
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, np.nan, "1", None])
