@@ -1,13 +1,19 @@
 """Outer steps: towards the mean of replicas' parameters, and back into these."""
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 from test_precision import made
 from twin import Twin, everything
 
 import optcore
-from optcore.runtime import simd, simd_levels_available
+from optcore.runtime import always_threaded, simd, simd_levels_available
 from reference import same_bits, type_name
 
 SIZES = [0, 1, 255, (3, 5), 257, 1000, 9000]
@@ -17,6 +23,20 @@ HALVES = ["bfloat16", "float16"]
 def made_as(rng, kind):
     return [rng.standard_normal(size) if kind == "float64"
             else made(rng.standard_normal(size), kind) for size in SIZES]
+
+
+@contextlib.contextmanager
+def on_some_machine(rng):
+    """At one of the SIMD levels, by one thread or by three."""
+    n_threads = int(rng.choice([1, 3]))
+    optcore.set_num_threads(n_threads)
+    try:
+        with simd(rng.choice(simd_levels_available())), (
+            always_threaded() if n_threads > 1 else contextlib.nullcontext()
+        ):
+            yield
+    finally:
+        optcore.set_num_threads(None)
 
 
 def random_options(rng):
@@ -43,7 +63,7 @@ def test_follows_its_twin(kind, n_replicas, rng, cases, times):
         params = made_as(rng, kind)
         opt = optcore.SGD(params, **random_options(rng))
         twin = Twin(opt)
-        with simd(rng.choice(simd_levels_available())):
+        with on_some_machine(rng):
             for _ in range(3):
                 replicas = [made_as(rng, kinds[rng.integers(len(kinds))])
                             for _ in range(n_replicas)]
@@ -127,3 +147,37 @@ def test_a_plain_step_follows_an_outer_one(rng):
         twin.step([g])
         twin.check()
     assert not same_bits(replica, x)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts it")
+def test_nothing_of_the_models_size_is_made(tmp_path):
+    """Resident memory at its highest, in a process of its own, over all that a step touches."""
+    script = tmp_path / "peak.py"
+    script.write_text(textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import numpy as np
+        import optcore
+
+        def resident(which):
+            line, = (line for line in Path("/proc/self/status").read_text().splitlines()
+                     if line.startswith(which))
+            return int(line.split()[1]) * 1024
+
+        def step():
+            opt.outer_step(replicas, weights=[1, 2, 3], write_back=True)
+
+        optcore.set_num_threads(2)
+        replicas = [np.ones(1_000_000, np.float32) for _ in range(3)]
+        x = np.ones(1_000_000, np.float32)
+        small = [np.ones(20_000, np.float32) for _ in range(4)]
+        optcore.SGD(small[3], lr=0.7, momentum=0.9).outer_step(small[:3], write_back=True)
+        opt = optcore.SGD(x, lr=0.7, momentum=0.9, nesterov=True, max_norm=1.0, ema_decay=0.9)
+        step()          # the velocity's pages
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        step()
+        print(resident("VmHWM") - before)
+    """))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1 << 20

@@ -7,12 +7,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from test_outer import HALVES, SIZES, made_as, random_options
+from test_outer import HALVES, SIZES, made_as, on_some_machine, random_options
 from twin import Twin, draw, everything
 
 import optcore
 from optcore import pieces
-from optcore.runtime import simd, simd_levels_available
 from reference import same_bits
 
 FLOATS = ["float32", "float64"]
@@ -65,7 +64,7 @@ def test_stepping_is_a_step(kind, rng, cases, times):
         options = random_options(rng) | {"skip_nonfinite": False, "track_grad_norm": False}
         opt = optcore.SGD(params, **options | {"lr": lambda count: 0.1 / (1 + count)})
         twin = Twin(opt)
-        with simd(rng.choice(simd_levels_available())):
+        with on_some_machine(rng):
             for _ in range(3):
                 grads = gradients(rng, kind)
                 if all(g is None for g in grads):
@@ -317,7 +316,7 @@ def test_accumulating_follows_its_twin(kind, rng, cases, times):
         params = made_as(rng, kind)
         opt = optcore.SGD(params, **linear_options(rng))
         twin = Twin(opt)
-        with simd(rng.choice(simd_levels_available())):
+        with on_some_machine(rng):
             for _ in range(3):
                 batches = [gradients(rng, kind) for _ in range(rng.integers(1, 5))]
                 batches = [g for g in batches if any(a is not None for a in g)] or [
@@ -473,7 +472,7 @@ def test_collecting_follows_its_twin(kind, weights, rng, cases, times):
         opt = optcore.SGD(params, **random_options(rng))
         twin = Twin(opt)
         total = None if weights is None or k % 2 else sum(weights)
-        with simd(rng.choice(simd_levels_available())):
+        with on_some_machine(rng):
             for _ in range(2):
                 replicas = [made_as(rng, kinds[rng.integers(len(kinds))]) for _ in range(4)]
                 left_out = rng.integers(len(SIZES))
