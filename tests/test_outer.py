@@ -181,3 +181,28 @@ def test_nothing_of_the_models_size_is_made(tmp_path):
     """))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1 << 20
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_tensors_are_stepped_in_their_memory(kind, rng):
+    torch = pytest.importorskip("torch", reason="torch is missing")
+
+    def tensor():
+        return torch.from_numpy(rng.standard_normal(300)).to(getattr(torch, kind))
+
+    x, replicas = tensor().to(torch.float32), [tensor() for _ in range(3)]
+    y, copies = x.numpy().copy(), [made(r.float().numpy().copy(), kind) for r in replicas]
+    places = [r.data_ptr() for r in replicas]
+    a, b = (optcore.SGD(p, lr=0.7, momentum=0.9, nesterov=True) for p in (x, y))
+    for _ in range(2):
+        assert a.outer_step(replicas, weights=[1, 2, 3], write_back=True)
+        assert b.outer_step(copies, weights=[1, 2, 3], write_back=True)
+        assert same_bits(x.numpy(), y)
+        for replica, copy, place in zip(replicas, copies, places, strict=True):
+            assert replica.data_ptr() == place
+            assert same_bits(made(replica.float().numpy(), kind), copy)
+    with a.collecting() as mean:
+        for replica in replicas:
+            mean.add(replica)
+    b.outer_step(copies)
+    assert same_bits(x.numpy(), y)
