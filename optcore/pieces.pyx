@@ -72,14 +72,15 @@ cdef class Piece:
 
     def __exit__(self, kind, error, trace):
         self._check_entered("__exit__")
+        self._stage = LEFT
         if kind is not None:
-            return self._leave()
+            self._leave()
+            return
         try:
             self._plan._exclusively(close_piece, self)
         except BaseException:
-            self._leave()
+            self._fail()
             raise
-        self._stage = LEFT
 
     def __reduce__(self):
         raise TypeError(f"{self._name}() cannot be copied or pickled, being in the midst of a step")
@@ -98,8 +99,11 @@ cdef class Piece:
         return 0
 
     def _leave(self):
-        """Leave by an exception."""
-        self._stage = LEFT
+        """Leave by an exception in the block."""
+
+    def _fail(self):
+        """Leave by one that ending the step has raised."""
+        self._leave()
 
     cdef Tensor *_room(self, Py_ssize_t n) except NULL:
         """Memory for n tensors, and for as many scalars in `_numbers`."""
@@ -130,9 +134,9 @@ cdef object close_piece(Plan plan, object piece, object _, object __):
 cdef int begin_step(Piece self) except -1:
     """Ask the options of a step whose norm nobody can know, and hold the plan in it."""
     cdef Plan plan = self._plan
+    self._step = plan._asked(self._grad_scale, self._zero_grad)
     plan._look_again()
     plan._check_places()
-    self._step = plan._asked(self._grad_scale, self._zero_grad)
     if measures(&plan._own):
         raise ValueError(
             f"{self._name}() needs max_norm=None, skip_nonfinite=False and track_grad_norm=False, "
@@ -254,8 +258,7 @@ cdef class Stepping(Piece):
         return 0
 
     def _leave(self):
-        """Leave by an exception: what was stepped stays so, and counts."""
-        self._stage = LEFT
+        """What was stepped stays so, and counts."""
         if self._plan._open is self:
             self._book()
 
@@ -427,6 +430,7 @@ cdef class Accumulating(Piece):
             s[i].scale = 1
             t.scalars = &s[i]
             t.rule, t.variant, t.n_grads = SGD, PLAIN, 1
+            t.zero_grad = t.outer = t.write_back = False
             t.grads = &self._nothing
             if self._taken[i]:
                 t.grads = &plan._tensors[i].states[plan._velocity]
@@ -438,8 +442,7 @@ cdef class Accumulating(Piece):
         return self._book()
 
     def _leave(self):
-        """Leave by an exception: what was folded cannot be taken back."""
-        self._stage = LEFT
+        """What was folded cannot be taken back."""
         if self._plan._open is self:
             if any(self._taken):
                 self._stage = BROKEN
@@ -582,7 +585,16 @@ cdef class Collecting(Piece):
             check_rounding(row_named("grad_scale"), step.share, "weight / sum of weights")
         plan._prepare([tuple(self._sums)], (b"the sum of replica_params",), &step)
         self._applied = plan._step(&step)
+        self._sums = None
         return 0
+
+    def _leave(self):
+        self._sums = None
+
+    def _fail(self):
+        """Keep what came, which ``with`` can take up again."""
+        if self._n > 0:
+            self._stage = BROKEN
 
 
 cdef object add_params(Plan plan, object piece, object params, object weight):

@@ -373,8 +373,11 @@ MUTANTS = {
     "optcore/pieces.pyx": [
         ("        if self._stage == MADE:\n", "        if True:\n"),
         ("        if self._stage != ENTERED:\n", "        if False:\n"),
-        ("        except BaseException:\n            self._leave()\n",
+        ("        except BaseException:\n            self._fail()\n",
          "        except KeyError:\n"),
+        ("            t.zero_grad = t.outer = t.write_back = False\n", "",
+         "the gradients that were folded last have said so"),
+        ("        if self._n > 0:\n            self._stage = BROKEN\n", "        pass\n"),
         ("            if any(self._taken):\n                plan._step_count",
          "            if True:\n                plan._step_count"),
         ("    if measures(&plan._own):\n", "    if False:\n"),

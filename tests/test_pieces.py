@@ -532,6 +532,23 @@ def test_an_exception_leaves_all_as_it_was_and_others_may_step(rng):
     twin.check()
 
 
+def test_a_round_that_cannot_be_ended_is_kept(rng):
+    _, opt = model(rng, momentum=0.9)
+    twin = Twin(opt)
+    replicas = [draw(rng, 300, (20, 30), 7) for _ in range(3)]
+    mean = opt.collecting()
+    opt.param_groups[0]["lr"] = -1
+    with pytest.raises(ValueError, match="lr must"):
+        used(mean, ("add", replicas[0]), ("add", replicas[1]))
+    opt.param_groups[0]["lr"] = 0.1
+    used(mean, ("add", replicas[2]))
+    twin.outer_step(replicas)
+    twin.check()
+    assert mean.applied is True
+    with pytest.raises(RuntimeError, match="entered once"):
+        mean.__enter__()
+
+
 @pytest.mark.parametrize(("add", "error", "words"), [
     (lambda mean, r: mean.add(r, 1.0), TypeError, "for every replica or for none"),
     (lambda mean, r: mean.add(r[:2]), ValueError, "must have one entry for each of 3"),

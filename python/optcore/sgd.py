@@ -371,7 +371,8 @@ class SGD(Plan, GroupOptions):
                     mean.add(params, n_examples)
 
         Each is folded into one buffer of the model's size, in the arithmetic type, and the step is
-        taken at the end of the block. An exception in it leaves all as it was.
+        taken at the end of the block. An exception in it leaves all as it was, and drops what
+        came; where taking the step raises, ``with`` on the same object takes it up again.
 
         Parameters
         ----------
