@@ -39,9 +39,20 @@ def on_some_machine(rng):
         optcore.set_num_threads(None)
 
 
-def random_options(rng):
+def random_storage(rng, kind):
+    """Options of parameters of a type: with noise or without."""
+    options = {"seed": int(rng.integers(99)), "rounding": str(rng.choice(["nearest", "stochastic"]))}
+    if kind in HALVES and rng.integers(2):
+        options["master"] = None
+    if kind != "float64" and rng.integers(2):
+        options["velocity_dtype"] = "bfloat16"
+    return options
+
+
+def random_options(rng, kind):
     momentum = float(rng.choice([0, 0.5]))
     return {
+        **random_storage(rng, kind),
         "lr": float(rng.choice([1.0, 0.1])),
         "momentum": momentum,
         "nesterov": bool(rng.integers(2)) and momentum > 0,
@@ -61,7 +72,7 @@ def test_follows_its_twin(kind, n_replicas, rng, cases, times):
     kinds = ["float64"] if kind == "float64" else ["float32", *HALVES]
     for _ in range(4 * times):
         params = made_as(rng, kind)
-        opt = optcore.SGD(params, **random_options(rng))
+        opt = optcore.SGD(params, **random_options(rng, kind))
         twin = Twin(opt)
         with on_some_machine(rng):
             for _ in range(3):

@@ -7,7 +7,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from test_outer import HALVES, SIZES, made_as, on_some_machine, random_options
+from test_outer import (
+    HALVES,
+    SIZES,
+    made_as,
+    on_some_machine,
+    random_options,
+    random_storage,
+)
 from twin import Twin, draw, everything
 
 import optcore
@@ -61,7 +68,7 @@ def random_parts(rng, n):
 def test_stepping_is_a_step(kind, rng, cases, times):
     for _ in range(5 * times):
         params = made_as(rng, kind)
-        options = random_options(rng) | {"skip_nonfinite": False, "track_grad_norm": False}
+        options = random_options(rng, kind) | {"skip_nonfinite": False, "track_grad_norm": False}
         opt = optcore.SGD(params, **options | {"lr": lambda count: 0.1 / (1 + count)})
         twin = Twin(opt)
         with on_some_machine(rng):
@@ -295,9 +302,11 @@ def test_a_loaded_state_ends_a_step(rng):
 
 # Micro-batch by micro-batch
 
-def linear_options(rng):
+def linear_options(rng, kind):
     lr_in_velocity = bool(rng.integers(2))
     return {
+        **random_storage(rng, kind),
+        "velocity_dtype": None,
         "lr": float(rng.choice([1.0, 0.1])),
         "momentum": float(rng.choice([0.5, 0.9])),
         "lr_in_velocity": lr_in_velocity,
@@ -314,7 +323,7 @@ def linear_options(rng):
 def test_accumulating_follows_its_twin(kind, rng, cases, times):
     for _ in range(8 * times):
         params = made_as(rng, kind)
-        opt = optcore.SGD(params, **linear_options(rng))
+        opt = optcore.SGD(params, **linear_options(rng, kind))
         twin = Twin(opt)
         with on_some_machine(rng):
             for _ in range(3):
@@ -469,7 +478,7 @@ def test_collecting_follows_its_twin(kind, weights, rng, cases, times):
     kinds = ["float64"] if kind == "float64" else ["float32", *HALVES]
     for k in range(4 * times):
         params = made_as(rng, kind)
-        opt = optcore.SGD(params, **random_options(rng))
+        opt = optcore.SGD(params, **random_options(rng, kind))
         twin = Twin(opt)
         total = None if weights is None or k % 2 else sum(weights)
         with on_some_machine(rng):
