@@ -41,7 +41,8 @@ def on_some_machine(rng):
 
 def random_storage(rng, kind):
     """Options of parameters of a type: with noise or without."""
-    options = {"seed": int(rng.integers(99)), "rounding": str(rng.choice(["nearest", "stochastic"]))}
+    options = {"seed": int(rng.integers(99)),
+               "rounding": str(rng.choice(["nearest", "stochastic"]))}
     if kind in HALVES and rng.integers(2):
         options["master"] = None
     if kind != "float64" and rng.integers(2):
