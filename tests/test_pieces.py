@@ -350,6 +350,8 @@ def test_one_batch_is_a_step(rng):
             micro.add(grads)
         plain.step(grads)
         assert all(map(same_bits, params, other))
+        for mine, its in zip(opt._state, plain._state, strict=True):
+            assert same_bits(mine["velocity"], its["velocity"])
 
 
 def test_bound_gradients_are_folded(rng):
