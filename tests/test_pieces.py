@@ -393,15 +393,19 @@ def test_a_group_that_cannot_be_folded_is_named(rng):
 def test_a_bad_batch_changes_nothing(rng):
     params, opt = model(rng, momentum=0.9)
     twin = Twin(opt)
-    good = [np.ones_like(p) for p in params]
+    good = [None, *(np.ones_like(p) for p in params[1:])]
+    first = np.ones_like(params[0])
     with opt.accumulating() as micro:
         micro.add(good)
         for bad, error in [(good[:2], ValueError), ([None] * 3, ValueError), (None, TypeError),
                            ([params[0], None, None], ValueError),
-                           ([g.astype(np.float64) for g in good], TypeError)]:
+                           ([first.astype(np.float64), *good[1:]], TypeError),
+                           ([first, first, None], ValueError)]:
             with pytest.raises(error):
                 micro.add(bad)
         micro.add(good)
+        with pytest.raises(ValueError, match="has shape"):
+            micro.add([first, first, None])
     twin.accumulate([good, good])
     twin.check()
 
@@ -505,11 +509,11 @@ def test_collecting_follows_its_twin(kind, weights, rng, cases, times):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("total", [True, False])
 def test_collecting_is_an_outer_step(weights, total, rng):
-    x = rng.standard_normal(3000).astype(np.float32)
+    x, *replicas = [rng.standard_normal(3000).astype(np.float32) for _ in range(5)]
+    for array in (x, *replicas):
+        array[:9] = -0.0
     y = x.copy()
     a, b = (optcore.SGD(p, lr=0.7, momentum=0.9, nesterov=True) for p in (x, y))
-    replicas = [rng.standard_normal(3000).astype(np.float32) for _ in range(4)]
-    replicas[0][:9] = -0.0
     total = sum(weights) if total and weights else None
     with a.collecting(total=total) as mean:
         for replica, w in zip(replicas, weights or [None] * 4, strict=True):
