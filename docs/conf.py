@@ -36,7 +36,7 @@ autodoc_default_options = {"no-value": True}
 autodoc_member_order = "groupwise"
 autodoc_typehints = "none"                  # the docstrings say the types, and what they mean
 # What the adapters adapt to: nothing of it is shown, and the pages are the same without it.
-autodoc_mock_imports = ["mpi4py", "sklearn", "torch"]
+autodoc_mock_imports = ["flwr", "mpi4py", "sklearn", "torch"]
 
 html_theme = "furo"
 html_title = f"optcore {release}"
