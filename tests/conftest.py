@@ -231,8 +231,30 @@ def types(request):
     return {name: done.result() for name, done in begun.items()}
 
 
+def begin_federation(factory):
+    """The example for Flower on processes of its own, which wait most of the time."""
+    modules = ("flwr", "sklearn", "matplotlib", "rich")
+    if any(importlib.util.find_spec(name) is None for name in modules):
+        return None
+    command = [EXAMPLES / "digits_flower" / "loopback.py", "--clients", "2", "--rounds", "2",
+               "--least-accuracy", "0.5", "--seconds", "200"]
+    return subprocess.Popen([sys.executable, *map(str, command)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="session")
+def federation(request):
+    """The end of the example for Flower."""
+    process = request.config.stash[_begun]["federation"]
+    if process is None:
+        pytest.skip("needs the extras 'flower' and 'demo'")
+    output, errors = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
 BEGINNINGS = {
     "gallery": begin_gallery, "build": begin_builds, "site": begin_site, "types": begin_types,
+    "federation": begin_federation,
 }
 
 

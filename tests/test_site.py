@@ -22,13 +22,15 @@ ROOT = Path(__file__).parent.parent
 # What each module has for users; `None`: it says so itself, in __all__.
 PUBLIC = {
     "optcore": None,
+    "optcore.flower": None,
     "optcore.kernels": ("ABI_VERSION", "options_dtype", "make_options", "addresses", "functions"),
     "optcore.mpi": None,
     "optcore.sklearn": ("SGDOptimizer", "patched", "MLPClassifier", "MLPRegressor"),
     "optcore.torch": ("SGD",),
 }
 # Extra, and what its absence skips.
-NEEDS = {"optcore.mpi": "mpi4py", "optcore.sklearn": "sklearn", "optcore.torch": "torch"}
+NEEDS = {"optcore.flower": "flwr", "optcore.mpi": "mpi4py", "optcore.sklearn": "sklearn",
+         "optcore.torch": "torch"}
 
 
 def public(module):
