@@ -16,21 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-try:
-    import matplotlib
-    import numpy as np
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
-    from sklearn.datasets import load_digits
+import numpy as np
 
-    import optcore
-except ImportError as error:
-    sys.exit(f"digits: {error.name} is missing; pip install 'optcore[demo]', or run make demo")
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import optcore
 
 MOMENTUM = 0.9
 # learning rate and colour of each rule; the colours are the lecture's
@@ -194,6 +182,8 @@ class Training:
 
 def digits(seed: int, test_share: float = 0.2) -> Data:
     """Return training and test images in [0, 1] with their labels, shuffled."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.target))
     x = (data.data / 16).astype(np.float32)[order]
@@ -204,6 +194,8 @@ def digits(seed: int, test_share: float = 0.2) -> Data:
 
 def draw(runs: dict[tuple[str, str], Run], steps_per_epoch: int, path: Path) -> None:
     """Draw the loss of every rule, averaged over an epoch's steps."""
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for rule, (lr, colour) in RULES.items():
         losses = np.reshape(runs[rule, "optcore"].losses, (-1, steps_per_epoch)).mean(axis=1)
@@ -231,8 +223,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/demo/digits.png"))
     args = parser.parse_args()
 
+    try:        # here, for others import the network alone
+        import matplotlib
+        from rich import box
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Table
+
+        data = digits(args.seed)
+    except ImportError as error:
+        sys.exit(f"digits: {error.name} is missing; pip install 'optcore[demo]', or run make demo")
+
+    matplotlib.use("Agg")
     console = Console(highlight=False)
-    data = digits(args.seed)
     steps_per_epoch = -(-len(data[0]) // args.batch)
     size = MLP([64, *args.hidden, 10], np.random.default_rng(0)).size
     console.print(

@@ -309,5 +309,5 @@ def test_without_flower_the_import_says_what_to_install():
 
 def test_the_example_runs_as_processes(federation):
     """A SuperLink and two SuperNodes on loopback; the global model has the bits of plain NumPy."""
-    assert federation.returncode == 0, federation.stdout + federation.stderr
-    assert "the same bits as NumPy's" in federation.stdout
+    assert "Received 2 results and 0 failures" in federation
+    assert "the same bits as NumPy's" in federation

@@ -1,14 +1,13 @@
 """Run the app of digits_flower.py on this machine, and hold it against plain NumPy.
 
 A SuperLink, a SuperNode for each client and what these start are processes that speak over
-loopback. Meanwhile one process trains all clients in turn and takes the server's steps as one
+loopback. Afterwards this process trains all clients in turn and takes the server's steps as one
 writes them in NumPy: both must end with the same bits.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,36 +18,40 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+# One thread each, for there are many processes; nothing is told to anybody. Before NumPy is loaded.
+os.environ.update({
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+})
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import numpy as np
+from digits import digits
+from digits_flower import network, train
+
+import optcore
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
 LR, MOMENTUM, CLIENT_LR = 0.7, 0.9, 0.1
 
-# One thread each, for there are many processes; nothing is told to anybody.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-}
+Part = tuple[np.ndarray, np.ndarray]
 
 
-def alone(clients: int, rounds: int) -> list[np.ndarray]:
-    """Return the parameters after the same rounds in one process, without Flower's help."""
-    from digits_flower import network, train
-
+def alone(parts: list[Part], rounds: int) -> list[np.ndarray]:
+    """Return the parameters after the same rounds in this process, without Flower's help."""
     params = network().params
     velocities = [np.zeros_like(p) for p in params]
+    counts = [len(x) for x, _ in parts]
+    shares = [np.float32(n / sum(counts)) for n in counts]
     for round_number in range(1, rounds + 1):
-        models = [network() for _ in range(clients)]
-        counts = []
-        for part, model in enumerate(models):
+        models = [network() for _ in parts]
+        for k, model in enumerate(models):
             for mine, p in zip(model.params, params, strict=True):
                 mine[...] = p
-            counts.append(train(model, part, clients, round_number, CLIENT_LR)[0])
-        shares = [np.float32(n / sum(counts)) for n in counts]
+            train(model, *parts[k], lr=CLIENT_LR, seed=(round_number, k))
         for i, (x, v) in enumerate(zip(params, velocities, strict=True)):
             mean = shares[0] * models[0].params[i]
             for share, model in zip(shares[1:], models[1:], strict=True):
@@ -97,18 +100,20 @@ def await_superlink(port: int, until: float) -> None:
             time.sleep(0.2)
 
 
-def federated(folder: Path, clients: int, rounds: int, seconds: float) -> Path:
-    """Run the app; return its checkpoint."""
+def federated(folder: Path, parts: list[Part], rounds: int, seconds: float) -> Path:
+    """Run the app in a folder, where everything of it stays; return its checkpoint."""
     until = time.monotonic() + seconds
+    os.environ["FLWR_HOME"] = str(folder)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     app, checkpoint = folder / "app", folder / "checkpoint.safetensors"
     app.mkdir()
     for source in (HERE / "pyproject.toml", HERE / "digits_flower.py", HERE.parent / "digits.py"):
         shutil.copy(source, app)        # an app is what lies in its folder
-    superlink, *ports = free_ports(1 + clients)
+    superlink, *ports = free_ports(1 + len(parts))
     (folder / "config.toml").write_text(
         f'[superlink.loopback]\naddress = "{HOST}:{superlink}"\ninsecure = true\n'
     )
-    settings = {"rounds": rounds, "clients": clients, "lr": LR, "momentum": MOMENTUM,
+    settings = {"rounds": rounds, "clients": len(parts), "lr": LR, "momentum": MOMENTUM,
                 "client-lr": CLIENT_LR, "checkpoint": f'"{checkpoint}"'}
     with contextlib.ExitStack() as processes:
         processes.enter_context(running(
@@ -116,11 +121,12 @@ def federated(folder: Path, clients: int, rounds: int, seconds: float) -> Path:
             "--port", superlink, "--disable-runtime-dependency-installation",
         ))
         await_superlink(superlink, until)
-        for k, port in enumerate(ports):
+        for k, (port, (x, labels)) in enumerate(zip(ports, parts, strict=True)):
+            np.savez(folder / f"{k}.npz", x=x, labels=labels)
             processes.enter_context(running(
                 folder, f"supernode-{k}", "flower-supernode", "--insecure",
                 "--superlink", f"{HOST}:{superlink}", "--host", HOST, "--port", port,
-                "--node-config", f"partition-id={k} num-partitions={clients}",
+                "--node-config", f'partition-id={k} images="{folder / f"{k}.npz"}"',
             ))
         subprocess.run(
             ["flwr", "run", str(app), "loopback", "--stream", "--run-config",
@@ -138,40 +144,28 @@ def main() -> int:
     parser.add_argument("--least-accuracy", type=float, default=0.9)
     parser.add_argument("--seconds", type=float, default=300, help="give up after so many")
     args = parser.parse_args()
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # not before the others have ended
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    with tempfile.TemporaryDirectory() as name:
-        os.environ.update(
-            ENVIRONMENT, FLWR_HOME=name, PYTHONPATH=os.pathsep.join(filter(None, paths)),
-            PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        )
-        folder = Path(name)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            expected = pool.submit(alone, args.clients, args.rounds)
-            try:
-                checkpoint = federated(folder, args.clients, args.rounds, args.seconds)
-            except (OSError, subprocess.SubprocessError) as error:
-                for log in sorted(folder.glob("*.log")):
-                    print(f"--- {log.name}", log.read_text()[-3000:], sep="\n")
-                print(f"loopback: {error}")
-                return 1
-            return compare(checkpoint, expected.result(), args.least_accuracy)
-
-
-def compare(checkpoint: Path, expected: list[np.ndarray], least_accuracy: float) -> int:
-    """Print what came out; return the exit status."""
-    from digits import digits
-    from digits_flower import network
-
-    import optcore
-
+    x, labels, x_test, labels_test = digits(seed=0)
+    ends = [len(x) * k**2 // args.clients**2 for k in range(1, args.clients)]    # not all alike
+    parts = list(zip(np.split(x, ends), np.split(labels, ends), strict=True))
     model = network()
-    named = {str(i): p for i, p in enumerate(model.params)}
-    optcore.SGD.load(checkpoint, [{"params": named}])
-    equal = all(p.tobytes() == q.tobytes() for p, q in zip(model.params, expected, strict=True))
-    accuracy = model.accuracy(*digits(seed=0)[2:])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            checkpoint = federated(folder, parts, args.rounds, args.seconds)
+            named = {str(i): p for i, p in enumerate(model.params)}
+            optcore.SGD.load(checkpoint, [{"params": named}])
+        except (OSError, subprocess.SubprocessError) as error:
+            for log in sorted(folder.glob("*.log")):
+                print(f"--- {log.name}", log.read_text()[-3000:], sep="\n")
+            print(f"loopback: {error}")
+            return 1
+    equal = all(p.tobytes() == q.tobytes()
+                for p, q in zip(model.params, alone(parts, args.rounds), strict=True))
+    accuracy = model.accuracy(x_test, labels_test)
     print(f"accuracy {accuracy:.2%}; {'the same bits' if equal else 'OTHER BITS'} as NumPy's")
-    return int(not equal or accuracy < least_accuracy)
+    return int(not equal or accuracy < args.least_accuracy)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ class ServerSGD(FedAvg):
     lr : float or callable, default 1.0
         The server's learning rate; a callable is given the count of rounds so far.
     averaged : iterable of str, default ()
-        Names of arrays that become the mean itself, whatever the options say: running
-        statistics, which momentum could carry below zero. ``*``, ``?`` and ``[…]`` match as in
+        Names of arrays that become the mean, whatever the options say: running statistics,
+        which momentum could carry below zero. ``*``, ``?`` and ``[…]`` match as in
         names of files, ``"*.running_*"`` say. Integers always do, rounded to their type. A model
         with such arrays has no `max_norm`, which would count and scale their differences, too.
     ordered_by : str, optional
