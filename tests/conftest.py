@@ -194,15 +194,15 @@ def site(request):
 
 def begin_types(factory):
     """mypy over sources and examples, then the stubs against what was compiled."""
-    if importlib.util.find_spec("mypy") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("mypy", "flwr")):
         return None
     # From a folder of its own, for the sources' package would hide the installed one. Nothing of
-    # PyTorch's or scikit-learn's is compared with the stubs; to read their types takes long.
+    # Flower's, PyTorch's or scikit-learn's is compared with the stubs; to read types takes long.
     folder = factory.mktemp("types")
     config = folder / "mypy.ini"
     config.write_text(
         "[mypy]\nstrict = True\ndisable_error_code = has-type\n"
-        "[mypy-torch.*,sklearn.*]\nfollow_imports = skip\nfollow_imports_for_stubs = True\n"
+        "[mypy-flwr.*,torch.*,sklearn.*]\nfollow_imports = skip\nfollow_imports_for_stubs = True\n"
         "ignore_missing_imports = True\n"
     )
     files = [*TESTS.parent.glob("python/optcore/*.py"), *EXAMPLES.glob("*.py")]
@@ -227,7 +227,7 @@ def types(request):
     """The ends of mypy and mypy.stubtest."""
     begun = request.config.stash[_begun]["types"]
     if begun is None:
-        pytest.skip("mypy is missing")
+        pytest.skip("needs mypy, and Flower, from which a strategy takes its types")
     return {name: done.result() for name, done in begun.items()}
 
 

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from logging import INFO, getLogger
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -41,7 +41,7 @@ class _Form(NamedTuple):
     named: str          # its dtype, as Flower has it
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    order: str
+    order: Literal["C", "F"]
     header: bytes
 
     def __str__(self) -> str:
