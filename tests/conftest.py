@@ -236,7 +236,7 @@ def begin_federation(factory):
     if any(importlib.util.find_spec(name) is None for name in ("flwr", "sklearn")):
         return None
     command = [EXAMPLES / "digits_flower" / "loopback.py", "--clients", "2", "--rounds", "2",
-               "--least-accuracy", "0.8", "--seconds", "220"]
+               "--least-accuracy", "0.8", "--seconds", "270"]
     return subprocess.Popen([sys.executable, *map(str, command)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -247,7 +247,7 @@ def federation(request):
     process = request.config.stash[_begun]["federation"]
     if process is None:
         pytest.skip("needs the extras 'flower' and 'sklearn'")
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=285)[0]
     assert process.returncode == 0, output
     return output
 
