@@ -439,9 +439,12 @@ cdef class Plan(Table):
         """
         return self._exclusively(check_step, grads, grad_scale, zero_grad)
 
-    def _step_as_checked(self, grads, grad_scale, double ema_decay):
-        """Take the step that `_check_step` checked, with its numbers: no schedule is asked."""
-        return self._exclusively(take_checked, grads, grad_scale, ema_decay)
+    def _step_as_checked(self, grads, grad_scale, double ema_decay, share=None):
+        """Take the step that `_check_step` checked, with its numbers: no schedule is asked.
+
+        With `share` an outer step: the "gradients" are sums of parameters, and d = x - share * sum.
+        """
+        return self._exclusively(take_checked, grads, grad_scale, (ema_decay, share))
 
     def step_replicas(self, replica_grads, *, weights=None, grad_scale=1.0, zero_grad=False):
         """Take one step with the mean of several workers' gradients.
@@ -667,10 +670,14 @@ cdef object check_step(Plan self, object grads, object grad_scale, object zero_g
     return (self._bound if sets is None else sets[0]), self._groups.values(), step.ema_decay
 
 
-cdef object take_checked(Plan self, object grads, object grad_scale, object ema_decay):
+cdef object take_checked(Plan self, object grads, object grad_scale, object agreed):
     cdef list sets = self._given(grads)
-    cdef Step step = self._asked(grad_scale, False, None, 1, False)
+    cdef Step step
+    ema_decay, share = agreed
+    step = self._asked(grad_scale, False, None, 1, False, share is not None)
     step.ema_decay = ema_decay
+    if share is not None:
+        step.share = share
     sets = self._prepare(sets, GRADS, &step)
     return self._step(&step)
 

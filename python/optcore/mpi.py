@@ -1,5 +1,7 @@
 """The step over several machines: gradients averaged over MPI ranks, state on each or split.
 
+Or parameters averaged after some steps of each rank alone, which sends less.
+
 Every rank holds the whole model and calls every method of an optimizer here, in the same order,
 as MPI's collective operations ask. Before a step or a load touches anything, all ranks learn
 whether all of them can go on and agree on what to do: a rank whose arrays are refused raises
@@ -33,7 +35,7 @@ from optcore.plan import BOUND, RUN
 from optcore.sgd import SGD
 from optcore.structure import Nest
 
-__all__ = ["DataParallelSGD", "ShardedSGD"]
+__all__ = ["DataParallelSGD", "LocalSGD", "ShardedSGD"]
 
 # An error of one rank is raised on the others too; elsewhere classes may want other arguments.
 OWN_ERRORS = ("builtins", checkpoint.__name__)
@@ -41,6 +43,13 @@ OWN_ERRORS = ("builtins", checkpoint.__name__)
 # Elements that one call hands to MPI. Its counts are C ints; half of what those hold, because
 # libraries add counts up in an int themselves.
 MAX_COUNT = 1 << 30
+
+# Why there is no outer step over replicas that one rank holds
+OUTER = "the ranks are the replicas; LocalSGD(params, comm, ...).sync() takes all ranks' parameters"
+
+# Where LocalSGD takes no gradients, and no steps that its own step() would not count
+INNER = "gradients are the inner optimizer's; call opt.inner.{name}()"
+ROUND = INNER + ", whose steps step() does not count, and sync() at the end of a round"
 
 T = TypeVar("T")
 
@@ -133,6 +142,16 @@ def _join_squares(
     return float(sums[0]), np.flatnonzero(sums[1:]).tolist()
 
 
+def _places(arrays: list[np.ndarray]) -> set[tuple[int, int]]:
+    return {(array.ctypes.data, array.nbytes) for array in arrays}
+
+
+def _zero(grads: Sequence[Any]) -> None:
+    for gradient in grads:
+        if gradient is not None:
+            gradient[...] = 0
+
+
 class _Flat:
     """Arrays of one type end to end, each padded, so that all are cut between runs of noise.
 
@@ -210,8 +229,19 @@ def _numbers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
              for name in GROUP_OPTIONS} for group in groups]
 
 
+def _refused(name: str, why: str) -> Callable[..., Any]:
+    """Return what stands for a method of `optcore.SGD` that an optimizer here cannot have."""
+    why = why.format(name=name)
+
+    def method(self: SGD, *arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no {name}(): {why}")
+
+    method.__name__, method.__doc__ = name, f"Refuse: {why}."
+    return method
+
+
 class _Distributed(SGD):
-    """What both optimizers share: agreement, the order of a step, and checkpoints."""
+    """What the optimizers share: agreement, the order of a step, and checkpoints."""
 
     __slots__ = ("_averaged", "_comm", "_flats", "_packed")
 
@@ -249,12 +279,9 @@ class _Distributed(SGD):
     def _start_alike(self, first: int) -> None:
         """Give all ranks rank 0's parameters and given velocities, from number `first` on."""
         lent = (self._lent or ())[first:]
-        for array in (*self._whole_params[first:], *lent):
-            if array is not None:
-                for piece in _pieces(_raw(_flattened(array, array))):
-                    self._comm.Bcast(piece)
-        own = [param for group in self.param_groups for param in group["params"]]
-        for entry, param in zip(self._state[first:], own[first:], strict=True):
+        self._take_first((*self._whole_params[first:], *lent))
+        self._copy_params()
+        for entry, param in zip(self._state[first:], self._own_params[first:], strict=True):
             if entry["ema"] is not None:
                 widen(param, entry["ema"])
         if any(velocity is not None for velocity in lent):
@@ -263,6 +290,21 @@ class _Distributed(SGD):
                        for velocity in lent]
             self._restore(self.param_groups, [*({},) * first, *started], {},
                           (self.step_count, self.skipped))
+
+    def _take_first(self, arrays: Sequence[np.ndarray | None]) -> None:
+        """Give all ranks rank 0's values."""
+        for array in arrays:
+            if array is not None:
+                for piece in _pieces(_raw(_flattened(array, array))):
+                    self._comm.Bcast(piece)
+
+    @property
+    def _own_params(self) -> list[np.ndarray]:
+        """What this rank's plan steps."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _copy_params(self) -> None:
+        """Give `_own_params` the caller's values, where they are not the caller's memory."""
 
     @property
     def _checking(self) -> SGD:
@@ -285,6 +327,9 @@ class _Distributed(SGD):
     def _own_lines(self, decay: Any) -> list[str]:
         options = {name: getattr(self, name) for name in OPTIMIZER_OPTIONS} | {"ema_decay": decay}
         return [f"{name}={value!r}" for name, value in options.items()]
+
+    def _step_lines(self, values: list[dict[str, Any]], decay: float) -> list[str]:
+        return [f"step {self.step_count}", *_group_lines(values), *self._own_lines(decay)]
 
     def step(
         self, grads: Any = BOUND, *, grad_scale: float = 1.0, zero_grad: bool = False
@@ -311,8 +356,8 @@ class _Distributed(SGD):
             missing = [i for i, gradient in enumerate(listed) if gradient is None]
             scale = float(grad_scale)
             return (listed, own, scale, decay), [
-                f"step {self.step_count}", f"grad_scale={scale!r}",
-                f"grads that are None at {missing}", *_group_lines(values), *self._own_lines(decay),
+                f"grad_scale={scale!r}", f"grads that are None at {missing}",
+                *self._step_lines(values, decay),
             ]
 
         listed, own, scale, decay = _agree(self.comm, check)
@@ -324,21 +369,21 @@ class _Distributed(SGD):
         if stepped:
             self._share_params()
         if zero_grad:
-            for gradient in listed:
-                if gradient is not None:
-                    gradient[...] = 0
+            _zero(listed)
         return stepped
 
-    def step_replicas(
-        self, replica_grads: Any, *, weights: Any = None, grad_scale: float = 1.0,
-        zero_grad: bool = False,
-    ) -> bool:
-        """Refuse: the ranks are the replicas."""
-        raise NotImplementedError(
-            "step_replicas() has no meaning here, where the ranks are the replicas: add up "
-            "gradients with accumulate() and call step(), where ranks have weights after "
-            "multiplying each rank's gradients by its weight * ranks / sum of weights"
-        )
+    step_replicas = _refused(
+        "step_replicas", "the ranks are the replicas; add up gradients with accumulate() and call "
+        "step(), where ranks have weights after multiplying each rank's gradients by its weight * "
+        "ranks / sum of weights")
+    outer_step = _refused("outer_step", OUTER)
+    collecting = _refused("collecting", OUTER)
+    stepping = _refused(
+        "stepping", "ranks agree on a whole step before any of it is written; give step() all "
+        "gradients at once")
+    accumulating = _refused(
+        "accumulating", "velocities take the mean over ranks, not gradients of one; add these up "
+        "with accumulate() and call step()")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, by_name: bool = False) -> NotFound:
         """Go on from what `optcore.SGD.state_dict` of any optimizer returned, on all ranks.
@@ -353,21 +398,28 @@ class _Distributed(SGD):
             different states.
         """
         def check() -> tuple[State, list[str]]:
+            self._checking._check_current()
             state = State(self, state_dict, by_name)
             text, tensors = checkpoint.split(state_dict)
             return state, [f"by_name={bool(by_name)}",
                            f"a state with SHA-256 {checkpoint.digest(text, tensors)}"]
 
         state = _agree(self.comm, check)
+        self._apply(state)
+        self._settle(state)
+        return state.not_found
 
+    def _apply(self, state: State) -> None:
         def apply() -> tuple[None, list[str]]:
             state.apply()
             return None, []
 
         _agree(self.comm, apply)
+
+    def _settle(self, state: State) -> None:
+        """Bring what was loaded to all places where it is kept."""
         if state.writes_masters:    # of which each rank may have a part
             self._share_params()
-        return state.not_found
 
     def save(self, path: checkpoint.FilePath, *, include_params: bool = False) -> None:
         """Write a checkpoint as `optcore.SGD.save` does, on rank 0. Collective.
@@ -532,7 +584,7 @@ class ShardedSGD(_Distributed):
             for flat, sums in zip(self._flats, self._sums, strict=True) for i in flat.places
         }
         self._averaged = [averaged[i] for i in range(len(params))]
-        parts = iter(self._own_part(params))
+        parts = iter(self._stepped(params))
         super()._build([
             Group({**group.options, "params": tuple(next(parts) for _ in group.options["params"])},
                   None, None, None)
@@ -540,15 +592,9 @@ class ShardedSGD(_Distributed):
         ], nest, grads=None, firsts=[cuts[i][0].start for i in range(len(params))], **options)
         self._join_squares = functools.partial(_join_squares, self.comm, len(params))
 
-    def add_param_group(
-        self, param_group: Mapping[str, Any], *, grads: Any = None, velocities: Any = None
-    ) -> None:
-        """Refuse: every rank would have to keep other parts of all."""
-        raise NotImplementedError(
-            "add_param_group() would share out all states anew, which ShardedSGD does not: build "
-            "one over all parameters and give it this one's state by "
-            "load_state_dict(old.state_dict(), by_name=True)"
-        )
+    add_param_group = _refused(
+        "add_param_group", "it would share out all states anew; build one over all parameters and "
+        "give it this one's state by load_state_dict(old.state_dict(), by_name=True)")
 
     @property
     def _checking(self) -> SGD:
@@ -566,6 +612,10 @@ class ShardedSGD(_Distributed):
                 if arrays[i] is not None:
                     parts[i] = _flattened(arrays[i], params[i])[flat.cut(i)[0]]
         return parts
+
+    def _stepped(self, params: list[np.ndarray]) -> list[np.ndarray]:
+        """Return this rank's parts of the parameters, where they are stepped."""
+        return self._own_part(params)
 
     def _collect(self, parts: Sequence[Any], into: Sequence[Any]) -> None:
         """Write every rank's parts of arrays into whole ones, laid out as the parameters are.
@@ -640,5 +690,207 @@ class ShardedSGD(_Distributed):
                     self.comm.Reduce(piece, total if rank == self.comm.rank else None, root=rank)
 
     def _share_params(self) -> None:
-        params = self._whole_params
-        self._collect(self._own_part(params), params)
+        self._collect(self._own_params, self._whole_params)
+
+
+class LocalSGD(ShardedSGD):
+    """Steps of each rank alone, then an outer step towards the mean of all ranks' parameters.
+
+    `step` takes a step of `inner` with this rank's gradients, which sends nothing; every
+    `sync_every`-th is followed by `sync`, for which the options here are: ``d = x - mean`` takes
+    the place of the gradient, where x is what the parameters were after the last one, then comes
+    the rule, and its result goes to all ranks. With ``lr=1`` that is averaging (local SGD,
+    FedAvg), with momentum SlowMo and FedAvgM, with ``nesterov`` DiLoCo.
+
+    The outer step is split as that of `ShardedSGD` is: x, its velocity, averages and masters take
+    1 / ranks of their memory on each. It sums the parameters with Reduce_scatter, in float32 for
+    half types, and collects the shards with Allgather. Ranks hold the same bits after it; up to
+    two ranks they are those of `optcore.SGD.outer_step` with ``write_back=True``, beyond, MPI
+    chooses the order of the sum. ``step_count``, ``state_dict``, `save` and `ema` are of the
+    outer steps alone, collective, and as the last of them left it all. ``grad_norm`` is that of d.
+    Loading begins a round: parameters that the state does not hold take rank 0's values as they are
+    then, and `inner` stays as it is.
+
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or list of group dictionaries
+        As for `optcore.SGD`, alike on every rank. They take rank 0's values; what they are given
+        afterwards counts as steps of this rank.
+    comm : mpi4py.MPI.Intracomm
+        The ranks that train together.
+    inner : optcore.SGD, optional
+        Steps the same arrays with this rank's gradients; it may have options of its own on each
+        rank, and its state stays there. Left out where something else steps them between calls of
+        `sync`.
+    sync_every : int >= 1
+        Steps of `inner` to an outer step, skipped ones included. Left out without `inner`.
+    **options
+        Those of `optcore.SGD` for the outer step, alike on every rank; but for `grads`, which
+        `inner` takes, and `velocities`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `optcore.SGD`, on all ranks where it is raised on one; ValueError also where `inner`
+        steps other arrays, and where ranks differ in arrays, names or options.
+
+    Notes
+    -----
+    Stich 2019 (local SGD), Wang et al. 2020 (SlowMo), Douillard et al. 2023 (DiLoCo).
+    """
+
+    __slots__ = ("_inner", "_inner_steps", "_sync_every")
+
+    def __init__(
+        self, params: Any, comm: MPI.Intracomm, *, inner: SGD | None = None,
+        sync_every: int | None = None, **options: Any,
+    ) -> None:
+        self._inner, self._sync_every, self._inner_steps = inner, sync_every, 0
+        super().__init__(params, comm, **options)
+
+    def _build(
+        self, groups: list[Group], nest: Nest | None, *, grads: Any = None, **options: Any
+    ) -> None:
+        if grads is not None:
+            raise TypeError(
+                "grads must be left out, since an outer step has none, got some: "
+                "inner=optcore.SGD(params, ..., grads=grads)"
+            )
+        super()._build(groups, nest, **options)
+        inner, every = self._inner, self._sync_every
+        if inner is None:
+            if every is not None:
+                raise ValueError(
+                    f"sync_every must be left out without inner, got {every!r}: call sync()"
+                )
+            return
+        # Others share out their steps themselves, which step() would pass by.
+        if not isinstance(inner, SGD) or type(inner).step is not SGD.step:
+            raise TypeError(
+                f"inner must be an optcore.SGD, got {type(inner).__name__}: leave it out, step the "
+                "parameters and call sync()"
+            )
+        if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
+            raise ValueError(f"sync_every must be a whole number >= 1, got {every!r}")
+        self._check_arrays()
+
+    def _check_arrays(self) -> None:
+        """Refuse parameters that are other arrays by now, or not those that `inner` steps."""
+        self._whole._check_current()
+        if self._inner is None:
+            return
+        self._inner._check_current()
+        if _places(self._inner._whole_params) != _places(self._whole_params):
+            raise ValueError(
+                "inner must step the arrays that are in params and no others, got one over others: "
+                "inner=optcore.SGD(params, ...), and where a group is added, both built anew"
+            )
+
+    step_replicas = _refused("step_replicas", ROUND)
+    stepping = _refused("stepping", ROUND)
+    accumulating = _refused("accumulating", ROUND)
+    accumulate = _refused("accumulate", INNER)
+    zero_grad = _refused("zero_grad", INNER)
+
+    @property
+    def inner(self) -> SGD | None:
+        """The optimizer of this rank's own steps."""
+        return self._inner
+
+    @property
+    def sync_every(self) -> int | None:
+        """Steps of `inner` to an outer step."""
+        return self._sync_every
+
+    @property
+    def inner_steps(self) -> int:
+        """Calls of `step` since the ranks' parameters were last alike."""
+        return self._inner_steps
+
+    def step(
+        self, grads: Any = BOUND, *, grad_scale: float = 1.0, zero_grad: bool = False
+    ) -> bool:
+        """Take a step of `inner` with this rank's gradients, and every `sync_every`-th time `sync`.
+
+        Collective only then: where a rank's arguments are refused in such a step, all ranks raise,
+        and none has taken it. In the others a rank raises alone, and has that step still to take.
+        Parameters and return value are those of `optcore.SGD.step`, of `inner`.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As there, and as `sync`; RuntimeError without `inner`. Nothing has changed then.
+        """
+        inner = self._inner
+        if inner is None or self._sync_every is None:
+            raise RuntimeError(
+                "step() needs LocalSGD(..., inner=optcore.SGD(params, ...), sync_every=...); "
+                "without, step the parameters and call sync()"
+            )
+        if self._inner_steps + 1 < self._sync_every:
+            stepped = inner.step(grads, grad_scale=grad_scale, zero_grad=zero_grad)
+            self._inner_steps += 1
+            return stepped
+
+        def check() -> tuple[tuple[tuple[Any, ...], float, float], list[str]]:
+            listed, _, decay = inner._check_step(grads, grad_scale, zero_grad)
+            outer_decay, lines = self._check_sync()
+            return (listed, decay, outer_decay), lines
+
+        listed, decay, outer_decay = _agree(self.comm, check)
+        stepped = inner._step_as_checked(grads, grad_scale, decay)
+        if zero_grad:
+            _zero(listed)
+        self._sync(outer_decay)
+        return stepped
+
+    def sync(self) -> bool:
+        """Take the outer step now, whatever the number of steps since the last. Collective.
+
+        Returns
+        -------
+        bool
+            True when applied. Where it was skipped (``skip_nonfinite``), all ranks go on from the
+            parameters that the last one left; what they stepped since is lost.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            For options that a step refuses, for parameters that are other arrays by now, that
+            moved or that `inner` does not step, and while a step of `inner` is under way; on all
+            ranks where it is raised on one; ValueError also where ranks disagree on options or
+            on the step count. Nothing has changed then.
+        """
+        return self._sync(_agree(self.comm, self._check_sync))
+
+    def _check_sync(self) -> tuple[float, list[str]]:
+        _, values, decay = self._check_step(self._structured(self._averaged), 1.0, False)
+        self._check_arrays()
+        return decay, self._step_lines(values, decay)
+
+    def _sync(self, decay: float) -> bool:
+        for packed, param in zip(self._packed, self._whole_params, strict=True):
+            widen(param, packed)
+        self._reduce()
+        sums = self._structured(self._averaged)
+        stepped = self._step_as_checked(sums, 1.0, decay, 1 / self.comm.size)
+        self._share_params()
+        self._inner_steps = 0
+        return stepped
+
+    def _settle(self, state: State) -> None:
+        self._take_first(self._whole_params)
+        self._copy_params()
+        self._apply(state)      # again, for masters are taken where x shows them
+        self._share_params()
+        self._inner_steps = 0
+
+    def _own_lines(self, decay: Any) -> list[str]:
+        return [*super()._own_lines(decay), f"sync_every={self._sync_every!r}"]
+
+    def _stepped(self, params: list[np.ndarray]) -> list[np.ndarray]:
+        return [part.copy() for part in self._own_part(params)]
+
+    def _copy_params(self) -> None:
+        for own, part in zip(self._own_params, self._own_part(self._whole_params), strict=True):
+            own[...] = part

@@ -75,7 +75,8 @@ class Plan:
         self, grads: _Grads | object, grad_scale: float, zero_grad: bool
     ) -> tuple[tuple[_Array | None, ...], list[dict[str, Any]], float]: ...
     def _step_as_checked(
-        self, grads: _Grads | object, grad_scale: float, ema_decay: float
+        self, grads: _Grads | object, grad_scale: float, ema_decay: float,
+        share: float | None = None,
     ) -> bool: ...
     def accumulate(self, grads: _Grads) -> None: ...
     def _build(
