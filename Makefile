@@ -11,6 +11,7 @@
 #   make bench-peers whole models and single vectors against PyTorch, JAX, Numba and BLAS
 #   make bench-storage
 #                    float32 against narrow storage, and PyTorch's steps of bfloat16
+#   make bench-outer outer steps against NumPy as Flower writes them, and PyTorch
 #   make wheel       build/dist/*.whl
 #   make clean       remove all that was built
 
@@ -23,7 +24,8 @@ SOURCES := pyproject.toml setup.py \
     $(wildcard optcore/*.p* python/optcore/*.p* python/optcore/include/*.h)
 VENVS := build/venv
 
-.PHONY: help demo test arm64 lint gallery docs docs-links bench bench-peers bench-storage wheel clean
+.PHONY: help demo test arm64 lint gallery docs docs-links bench bench-peers bench-storage bench-outer \
+    wheel clean
 .SECONDARY:
 
 help:
@@ -61,6 +63,9 @@ bench-peers: $(VENVS)/bench-peers/.installed
 
 bench-storage: $(VENVS)/bench-peers/.installed
 	$(VENVS)/bench-peers/bin/python bench/run.py storage --out bench/results $(BENCH_ARGS)
+
+bench-outer: $(VENVS)/bench-peers/.installed
+	$(VENVS)/bench-peers/bin/python bench/run.py outer --out bench/results $(BENCH_ARGS)
 
 wheel: build/wheel.stamp
 

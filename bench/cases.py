@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from math import prod
 from typing import Any
 
@@ -25,6 +25,8 @@ MAX_NORM = 1.0
 EMA_DECAY = 0.9
 SEED = 0
 PIPELINE = "pipeline"       # clip by norm, coupled decay, Nesterov, average, zero gradients
+OUTER = "outer"             # Nesterov towards the mean of replicas' parameters
+OUTER_LR = 0.7              # DiLoCo's
 
 # One period of the data. Every tensor repeats it from its start, so that the reference need
 # only be worked out for one period; prime, so that no block of a loop coincides with it.
@@ -96,14 +98,34 @@ STORAGES = {
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """Whose mean an outer step goes towards, and whether it writes the new parameters there."""
+
+    n: int
+    write_back: bool = False
+
+    @property
+    def examples(self) -> list[int]:
+        """What each was trained on: the weights of a federated mean, no two alike."""
+        return [100 + k for k in range(self.n)]
+
+
+OUTERS = {
+    f"{n} replica{'s' * (n > 1)}{', written back' * back}": Replicas(n, back)
+    for n in (1, 4, 10) for back in (False, True)
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """One group of measurements that may be compared with each other."""
 
-    job: str                # a rule's id, or PIPELINE
+    job: str                # a rule's id, PIPELINE or OUTER
     workload: str           # a key of MODELS, or the length of a single vector
     dtype: str = "float32"
     threads: int = 1
     storage: str | None = None      # a key of STORAGES; None: all arrays are of `dtype`
+    outer: str | None = None        # a key of OUTERS, of an outer step
 
     @property
     def stored(self) -> Storage:
@@ -111,9 +133,14 @@ class Case:
         return STORAGES[self.storage] if self.storage else Storage(*[self.dtype] * 3)
 
     @property
-    def stored_as(self) -> str:
-        """What reports call that."""
-        return self.storage or self.dtype
+    def replicas(self) -> Replicas:
+        """What takes the gradient's place in an outer step; of others none."""
+        return OUTERS[self.outer] if self.outer else Replicas(0)
+
+    @property
+    def variant(self) -> str:
+        """What reports call it, where job, workload and threads are the same."""
+        return self.outer or self.storage or self.dtype
 
     @property
     def noisy(self) -> bool:
@@ -126,7 +153,7 @@ class Case:
     @property
     def rule(self) -> reference.Rule:
         """The row of the table of rules."""
-        return RULES["nesterov" if self.job == PIPELINE else self.job]
+        return RULES["nesterov" if self.job in (PIPELINE, OUTER) else self.job]
 
     @property
     def pipeline(self) -> bool:
@@ -141,7 +168,8 @@ class Case:
     @property
     def label(self) -> str:
         """What reports call the job."""
-        return "full pipeline" if self.pipeline else self.rule.label
+        named = {PIPELINE: "full pipeline", OUTER: "outer step"}
+        return named.get(self.job, self.rule.label)
 
     @property
     def n_states(self) -> int:
@@ -154,6 +182,8 @@ class Case:
         stored = self.stored
         written = [stored.param, stored.master_dtype, *[stored.velocity] * self.n_states]
         read = [stored.grad]
+        if self.outer:
+            read *= self.replicas.n * (1 + self.replicas.write_back)
         if self.pipeline:
             # It reads the gradient twice and zeroes it, and updates the average.
             written.append(stored.param)
@@ -168,7 +198,10 @@ class Case:
     @property
     def options(self) -> reference.Options:
         """The hyper-parameters of the rule alone."""
-        return reference.Options(lr=LR, momentum=MOMENTUM if self.rule.has_momentum else 0.0)
+        return reference.Options(
+            lr=OUTER_LR if self.outer else LR,
+            momentum=MOMENTUM if self.rule.has_momentum else 0.0,
+        )
 
     def optimizer(self, params: Any, **more: Any) -> optcore.SGD:
         """Return the whole-model optimizer."""
@@ -196,7 +229,7 @@ class Run:
 
 
 class Arrays:
-    """Parameters and gradients of a case, where a fresh process has them."""
+    """Parameters and gradients, or replicas' parameters, where a fresh process has them."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -206,9 +239,11 @@ class Arrays:
         self.pattern = {
             name: kept_in(dtype, rng.standard_normal(PERIOD)) for name, dtype in types.items()
         }
-        self.x, self.g = (
-            [fresh_empty(shape, dtype_of(dtype)) for shape in shapes] for dtype in types.values()
+        self.x, *self.sets = (
+            [fresh_empty(shape, dtype_of(dtype)) for shape in shapes]
+            for dtype in [types["x"], *[types["g"]] * max(1, case.replicas.n)]
         )
+        self.g = self.sets[0]
 
     def states(self) -> list[list[np.ndarray]]:
         """Return zeros for each state, an array a tensor, as a user allocates them."""
@@ -225,17 +260,30 @@ class Arrays:
         self.reset_gradients()
 
     def reset_gradients(self) -> None:
-        """Fill the gradients as they are before the first step."""
-        for g in self.g:
-            _repeat(self.pattern["g"], g)
+        """Fill the gradients, or replicas, as they are before the first step."""
+        for k, arrays in enumerate(self.sets):
+            for g in arrays:
+                _repeat(np.roll(self.pattern["g"], k), g)
+
+    def _mean(self, weights: Sequence[float] | None) -> np.ndarray:
+        """Return one period of the replicas' mean."""
+        sets = [np.roll(self.pattern["g"], k) for k in range(len(self.sets))]
+        if weights is not None:
+            return reference.weighted(sets, weights)
+        return sets[0].dtype.type(1 / len(sets)) * reduce(np.add, sets)
 
     @cached_property
     def expected(self) -> tuple[np.ndarray, np.ndarray | None]:
         """One period of the parameters and averages after two steps."""
         return self.expected_from(0)
 
-    def expected_from(self, begin: int, tensor: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return as much from an element on, where a run of the noise begins."""
+    def expected_from(
+        self, begin: int, tensor: int = 0, weights: Sequence[float] | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return as much from an element on, where a run of the noise begins.
+
+        Of an outer step it is what weights of the replicas make of it.
+        """
         case, stored = self.case, self.case.stored
         at = np.arange(begin, begin + PERIOD) % PERIOD
         x, g = self.pattern["x"][at], self.pattern["g"][at]
@@ -255,6 +303,8 @@ class Arrays:
                     options, weight_decay=WEIGHT_DECAY,
                     grad_scale=min(1.0, MAX_NORM / (norm + 1e-6)),
                 )
+            if case.outer:
+                g = x - self._mean(weights)
             x, states = case.rule.reference(x, g, states, options, **how)
             if case.pipeline:
                 average = reference.averaged(average, x, EMA_DECAY)
@@ -287,7 +337,8 @@ class Arrays:
         """
         run.step()
         if not self.case.pipeline:
-            self.reset_gradients()      # some peers (PyTorch's foreach Nesterov) change them
+            # Some peers (PyTorch's foreach Nesterov) change them, and writing back does
+            self.reset_gradients()
         run.step()
         for column, results in enumerate([run.params(), run.averages()]):
             for i, result in enumerate(results):
@@ -295,6 +346,10 @@ class Arrays:
                 for begin, expected in self._stretches(run, i, flat.size):
                     same = _compare(flat[begin : begin + PERIOD], expected[column], exact)
                     assert same, f"tensor {i} is not what the reference has"
+        if self.case.replicas.write_back:
+            for k, arrays in enumerate(self.sets):
+                for p, x in zip(arrays, run.params(), strict=True):
+                    assert reference.same_bits(p, np.asarray(x)), f"replica {k} is not written"
 
 
 def dtype_of(name: str) -> np.dtype:

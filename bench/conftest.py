@@ -82,7 +82,7 @@ def measure(benchmark, request):
 
     def run(case, repeat, contender):
         arrays = arrays_of(case)
-        benchmark.group = f"{case.job} {case.workload} {case.stored_as} {case.threads}"
+        benchmark.group = f"{case.job} {case.workload} {case.variant} {case.threads}"
         optcore.set_num_threads(case.threads)
         arrays.reset()
         with contender.at_level():

@@ -1,4 +1,4 @@
-"""Who is measured in both suites: NumPy as it is written by hand, and optcore."""
+"""Who is measured in every suite: NumPy as it is written by hand, and optcore."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,8 @@ from cases import (
     LR,
     MAX_NORM,
     MOMENTUM,
+    OUTER,
+    OUTER_LR,
     PIPELINE,
     WEIGHT_DECAY,
     Arrays,
@@ -31,6 +33,9 @@ STEP = "optcore, step()"
 STEP_LIST = "optcore, step(list)"
 ALONE = "optcore, step(), one thread"
 WIDE = "optcore, step(), float32"
+OUTER_STEP = "optcore, outer_step()"
+OUTER_WEIGHTED = "optcore, outer_step(weights)"
+FLOWER = "NumPy, as Flower"
 LIMIT = "memory limit"
 
 
@@ -253,6 +258,59 @@ def build_wide(case: Case, arrays: Arrays) -> Run:
     return build_step(wide.case, wide)
 
 
+def build_outer(case: Case, arrays: Arrays, *, weights: list[int] | None = None) -> Run:
+    opt = case.optimizer(arrays.x)
+    step = partial(
+        opt.outer_step, arrays.sets, weights=weights, write_back=case.replicas.write_back
+    )
+    return Run(step, lambda: arrays.x, expected=arrays.expected_from(0, weights=weights)[0])
+
+
+def build_outer_weighted(case: Case, arrays: Arrays) -> Run:
+    return build_outer(case, arrays, weights=case.replicas.examples)
+
+
+def build_flower(case: Case, arrays: Arrays) -> Run:
+    """Take a round of a Flower server, and Nesterov's step, which it lacks, in the same style.
+
+    Flower 1.42, `serverapp/strategy`: `aggregate_arrayrecords` and `FedAvgM.aggregate_train`, on
+    lists of arrays in place of records. The new parameters are new arrays there.
+    """
+    examples = case.replicas.examples
+    params, momentum_vector = arrays.x, None
+
+    def step() -> None:
+        nonlocal params, momentum_vector
+        total = sum(examples)
+        aggregated = []
+        for replica, factor in zip(arrays.sets, [n / total for n in examples], strict=True):
+            if not aggregated:
+                aggregated = [value * factor for value in replica]
+                continue
+            for i, value in enumerate(replica):
+                aggregated[i] += value * factor
+        pseudo_gradient = [old - new for new, old in zip(aggregated, params, strict=True)]
+        if momentum_vector is None:
+            momentum_vector = pseudo_gradient
+        else:
+            momentum_vector = [
+                MOMENTUM * mv + pg
+                for mv, pg in zip(momentum_vector, pseudo_gradient, strict=True)
+            ]
+        pseudo_gradient = [
+            pg + MOMENTUM * mv for mv, pg in zip(momentum_vector, pseudo_gradient, strict=True)
+        ]
+        params = [
+            old - OUTER_LR * pg for old, pg in zip(params, pseudo_gradient, strict=True)
+        ]
+        if case.replicas.write_back:
+            for replica in arrays.sets:
+                for value, new in zip(replica, params, strict=True):
+                    value[...] = new
+
+    return Run(step, lambda: params, expected=arrays.expected_from(0, weights=examples)[0])
+
+
 NUMPY = [Contender(LITERAL, build_literal), Contender(OUT, build_out, jobs=(*OUTS, PIPELINE))]
 
 # The best level's name is that of the API alone, so that both suites and the targets share it.
@@ -273,3 +331,10 @@ OPTCORE = [
 OPTCORE_ALONE = Contender(ALONE, build_alone, exact=True, threaded=True)
 # Checked where it is the case: here its results are not the case's.
 OPTCORE_WIDE = Contender(WIDE, build_wide, threaded=True, checked=False)
+
+OUTERS = [
+    Contender(OUTER_STEP, build_outer, jobs=(OUTER,), exact=True, threaded=True),
+    Contender(OUTER_WEIGHTED, build_outer_weighted, jobs=(OUTER,), exact=True, threaded=True),
+]
+# On one thread also where others use all: a round of a server is what it is, and this its cost
+NUMPY_OUTER = Contender(FLOWER, build_flower, jobs=(OUTER,), threaded=True)

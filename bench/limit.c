@@ -73,8 +73,8 @@ typedef uint16_t split;
 #define PUT_float32(X, value) m[i] = value, x[i] = to_##X(value)
 
 /* A step of elements from `i` on of an arena's columns: parameter, gradient, velocity, average or
-   master; then a place of each share for what it sums. */
-enum { X_, G_, V_, M_, SUMS };
+   master; then a place of each share for what it sums; then replicas. */
+enum { X_, G_, V_, M_, SUMS, REPLICAS };
 typedef void Step(void **p, size_t i, size_t n, int share);
 
 #define STEPS_OF(NAME, T, X, M, G, V)                                                            \
@@ -140,6 +140,26 @@ typedef void Step(void **p, size_t i, size_t n, int share);
                         (T)0.1, (T)0.9);                                                         \
     }
 
+/* Nesterov towards the mean of K replicas. All streams advance together, and none overlaps. */
+#define OUTER(K, BACK)                                                                           \
+    void outer_##K##_##BACK(void **p, size_t begin, size_t n, int share)                         \
+    {                                                                                            \
+        float *x = (float *)p[X_] + begin, *v = (float *)p[V_] + begin, *r[K];                   \
+        (void)share;                                                                             \
+        for (int k = 0; k < K; k++) r[k] = (float *)p[REPLICAS + k] + begin;                     \
+        _Pragma("omp simd")                                                                      \
+        for (size_t i = 0; i < n; i++) {                                                         \
+            float sum = r[0][i];                                                                 \
+            for (int k = 1; k < K; k++) sum += r[k][i];                                          \
+            float d = x[i] - sum * (1.0f / K);                                                   \
+            float vi = 0.9f * v[i] + d;                                                          \
+            float xi = x[i] - 0.7f * (d + 0.9f * vi);                                            \
+            v[i] = vi;                                                                           \
+            x[i] = xi;                                                                           \
+            for (int k = 0; BACK && k < K; k++) r[k][i] = xi;                                    \
+        }                                                                                        \
+    }
+
 #define STEPS(T, X, M, G, V) STEPS_OF(X##_##M##_##G##_##V, T, X, M, G, V)
 
 STEPS(float, float32, none, float32, float32)
@@ -154,6 +174,12 @@ STEPS(float, float16, float32, float16, float32)
 STEPS(float, float16, none, float16, float32)
 PIPELINE(float32)
 PIPELINE(float64)
+OUTER(1, 0)
+OUTER(1, 1)
+OUTER(4, 0)
+OUTER(4, 1)
+OUTER(10, 0)
+OUTER(10, 1)
 
 static void share_out(Step *step, void **p, size_t n, int threads)
 {

@@ -11,10 +11,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from cases import PIPELINE, RULES, Arrays, Case, Run, count_of, dtype_of, kept_in
+from cases import OUTER, PIPELINE, RULES, Arrays, Case, Run, count_of, dtype_of, kept_in
 from contenders import LIMIT, Contender
 
 HUGE_PAGE = 2 << 20
+# Columns begin so far apart within a page: a dozen at the same place of it would share a cache set
+APART = 320
 # Not -ffast-math: linked into a library, it turns subnormals off for the whole process.
 FLAGS = [
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
@@ -55,8 +57,10 @@ def library(source: str, folder: Path) -> ctypes.CDLL:
 
 
 def _columns(dtypes: list[str], n: int) -> tuple[list[np.ndarray], mmap.mmap]:
-    """Return arrays of 0.5 in 2 MiB-aligned memory with huge pages advised."""
-    sizes = [-(-n * dtype_of(dtype).itemsize // HUGE_PAGE) * HUGE_PAGE for dtype in dtypes]
+    """Return arrays of 0.5, on cache lines of memory with huge pages advised."""
+    sizes = [
+        -(-n * dtype_of(dtype).itemsize // HUGE_PAGE) * HUGE_PAGE + APART for dtype in dtypes
+    ]
     memory = mmap.mmap(-1, sum(sizes) + HUGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -74,6 +78,8 @@ def _kernels(case: Case) -> list[str | None]:
     """Return what limit.c calls the pass before a step, if any, and the step."""
     if case.pipeline:
         return [f"norm_{case.dtype}", f"pipeline_{case.dtype}"]
+    if case.outer:
+        return [None, f"outer_{case.replicas.n}_{case.replicas.write_back:d}"]
     stored = case.stored
     types = [stored.param, stored.master or "none", stored.grad, stored.velocity]
     return [None, "_".join(["momentum" if case.n_states else "sgd", *types])]
@@ -88,14 +94,16 @@ def limit_contender(folder: Path) -> Contender:
         n = count_of(case.workload)
         stored = case.stored
         fourth = stored.param if case.pipeline else stored.master_dtype
-        dtypes = [stored.param, stored.grad, stored.velocity if case.n_states else None, fourth]
-        columns, memory = _columns([dtype for dtype in dtypes if dtype], n)
+        replicas = [stored.param] * case.replicas.n
+        grad = None if case.outer else stored.grad
+        dtypes = [stored.param, grad, stored.velocity if case.n_states else None, fourth]
+        columns, memory = _columns([dtype for dtype in [*dtypes, *replicas] if dtype], n)
         threads = case.threads if n >= THREADED_FROM else 1
         sums = np.zeros(64 * threads, case.dtype)       # each thread's on lines of its own
-        places = iter([*columns, sums])
-        pointers = (ctypes.c_void_p * 5)(*[
-            next(places).ctypes.data if dtype else None for dtype in [*dtypes, case.dtype]
-        ])
+        places = iter(columns)
+        at = [next(places).ctypes.data if dtype else None for dtype in dtypes]
+        at += [place.ctypes.data for place in (sums, *places)]
+        pointers = (ctypes.c_void_p * len(at))(*at)
         calls = max(1, min(1000, 1_000_000 // n))
 
         def step() -> None:
@@ -108,4 +116,4 @@ def limit_contender(folder: Path) -> Contender:
 
     # limit.c has a loop without a state and one with one
     jobs = [job for job, rule in RULES.items() if len(rule.states) < 2]
-    return Contender(LIMIT, build, jobs=(*jobs, PIPELINE), threaded=True, checked=False)
+    return Contender(LIMIT, build, jobs=(*jobs, PIPELINE, OUTER), threaded=True, checked=False)

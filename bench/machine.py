@@ -38,6 +38,13 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory() -> float:
+    """Return the bytes that nobody uses; infinity where the system does not say."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return float("inf")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _cpu() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -37,7 +37,7 @@ def interleave(
         if contender.takes(case)
     ]
     ids = [
-        f"{case.job}-{case.workload}-{case.stored_as}-{case.threads}-{repeat}-{contender.name}"
+        f"{case.job}-{case.workload}-{case.variant}-{case.threads}-{repeat}-{contender.name}"
         for case, repeat, contender in rows
     ]
     metafunc.parametrize(("case", "repeat", "contender"), rows, ids=ids)

@@ -17,6 +17,8 @@ from cases import (
     LR,
     MAX_NORM,
     MOMENTUM,
+    OUTER,
+    OUTER_LR,
     WEIGHT_DECAY,
     Arrays,
     Case,
@@ -45,7 +47,8 @@ def missing(modules: list[str]) -> list[str]:
 
 def measured_in(suite: str) -> list[str]:
     """Return the peers of a suite, and what has to be compiled for it."""
-    return ["PyTorch", LIMIT] if suite == "storage" else [*MODULES, LIMIT, COMPILED]
+    few = suite in ("storage", "outer")
+    return ["PyTorch", LIMIT] if few else [*MODULES, LIMIT, COMPILED]
 
 
 def versions(suite: str = "peers") -> dict[str, str]:
@@ -125,6 +128,36 @@ def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Ru
         opt.zero_grad(set_to_none=False)
 
     return Run(step, lambda: arrays.x, lambda: [e.numpy() for e in averages])
+
+
+def build_torch_outer(case: Case, arrays: Arrays, *, stacked: bool) -> Run:
+    """Average, subtract, step and copy back; the fused step, and as few passes as PyTorch needs."""
+    import torch
+
+    params = [_tensor(x).requires_grad_() for x in arrays.x]
+    replicas = [[_tensor(p) for p in replica] for replica in arrays.sets]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    opt = torch.optim.SGD(params, lr=OUTER_LR, momentum=MOMENTUM, nesterov=True, fused=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        for param, *theirs in zip(params, *replicas, strict=True):
+            d = param.grad
+            if stacked:
+                torch.sub(param, torch.stack(theirs).mean(0), out=d)
+                continue
+            d.copy_(theirs[0])
+            for p in theirs[1:]:
+                d.add_(p)
+            torch.sub(param, d, alpha=1 / len(theirs), out=d)
+        opt.step()
+        if case.replicas.write_back:
+            for replica in replicas:
+                for p, param in zip(replica, params, strict=True):
+                    p.copy_(param)
+
+    return Run(step, lambda: arrays.x)
 
 
 # torch.compile recompiles for each optimizer, and after eight goes on without: a process each.
@@ -312,6 +345,18 @@ _CANDIDATES = {
     "BLAS": [Contender("BLAS saxpy", build_axpy, jobs=("sgd",), threaded=True)],
 }
 NAMES = [contender.name for group in _CANDIDATES.values() for contender in group]
+OUTERS = [
+    Contender(
+        f"PyTorch, {name}", partial(build_torch_outer, stacked=name == "stacked"), jobs=(OUTER,),
+        threaded=True,
+    )
+    for name in ("stacked", "in place")
+]
+
+
+def installed_outers() -> list[Contender]:
+    """Return the peers of an outer step that can be measured here."""
+    return [] if missing(MODULES["PyTorch"]) else OUTERS
 
 
 def installed() -> list[Contender]:

@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cases import PIPELINE, STORAGES, Case
-from contenders import ALONE, LIMIT, LITERAL, OUT, STEP, WIDE
+from cases import OUTERS, PIPELINE, STORAGES, Case
+from contenders import (
+    ALONE,
+    FLOWER,
+    LIMIT,
+    LITERAL,
+    OUT,
+    OUTER_STEP,
+    OUTER_WEIGHTED,
+    STEP,
+    WIDE,
+)
+from peers import OUTERS as PEERS_OUTER
 from samples import TWO_MODES, Sample, figure, number, thinned
 from shapes import MODELS, TRAININGS
-from targets import FAR, FAR_NS, FUSED, TARGETS, Target
+from targets import FAR, FAR_NS, FUSED, RESIDENT_MB, TARGETS, Target
 
 Row = dict[str, Any]
-Key = tuple[str, str, str, int]     # job, workload, dtype or storage, threads
+Key = tuple[str, str, str, int]     # job, workload, dtype, storage or replicas, threads
 
 READING = (
     f"Medians with quartiles; {TWO_MODES} where the values fall into two groups with a gap, so "
@@ -76,8 +88,8 @@ class Results:
         self.n_bytes: dict[Key, int] = {}
         self._round_trips: dict[tuple[Key, str], list[int]] = {}
         for row in rows:
-            stored_as = row.get("storage") or row["dtype"]
-            key = (row["job"], row["workload"], stored_as, row["threads"])
+            variant = row.get("outer") or row.get("storage") or row["dtype"]
+            key = (row["job"], row["workload"], variant, row["threads"])
             name = row["contender"]
             if (trip := row.get("round_trip")) is not None:
                 far = FAR if trip >= FAR_NS else ""
@@ -126,7 +138,7 @@ class Results:
         threads = self.most_threads if target.threads == "all" else target.threads
         if target.threads == "all" and threads == 1:
             return None
-        key = (target.job, target.workload, target.stored_as, threads)
+        key = (target.job, target.workload, target.variant, threads)
         ratios = [
             (ratio, name) for name in target.than
             if (ratio := self.speedup(key, target.who, name)) is not None
@@ -155,8 +167,8 @@ def title(job: str, workload: str) -> str:
 
 
 def case_title(key: Key) -> str:
-    job, workload, stored_as, threads = key
-    return f"{title(job, workload)}, {stored_as}, {plural(threads, 'thread')}"
+    job, workload, variant, threads = key
+    return f"{title(job, workload)}, {variant}, {plural(threads, 'thread')}"
 
 
 def machine_table(machine: dict[str, Any]) -> str:
@@ -174,7 +186,7 @@ def target_table(results: Results, suite: str) -> str:
         at_least = number(target.at_least, times=True)
         row = [
             title(target.job, target.workload)
-            + (f", {target.stored_as}" if target.suite == "storage" else ""),
+            + (f", {target.variant}" if target.suite in VARIANTS else ""),
             threads, target.who, target.opponents,
             f"{at_least} within the spread" if target.within_spread else at_least,
         ]
@@ -202,19 +214,48 @@ TIME_COLUMNS: dict[str, Column] = {
     "µs": lambda results, key, name: figure(results.time(key, name)),
     "GB/s": lambda results, key, name: figure(results.bandwidth(key, name)),
 }
-AGAINST_OTHERS: dict[str, Column] = TIME_COLUMNS | {
-    "of the limit": lambda results, key, name: figure(results.speedup(key, name, LIMIT)),
-    "optcore, step() is": lambda results, key, name: figure(
-        results.speedup(key, STEP + distance(name), name), times=True
-    ),
-}
+
+
+def against_others(ours: str) -> dict[str, Column]:
+    """Return columns that compare with the limit, and one of optcore's with everyone."""
+    return TIME_COLUMNS | {
+        "of the limit": lambda results, key, name: figure(results.speedup(key, name, LIMIT)),
+        f"{ours} is": lambda results, key, name: figure(
+            results.speedup(key, ours + distance(name), name), times=True
+        ),
+    }
+
+
 COLUMNS: dict[str, dict[str, Column]] = {
     "engine": TIME_COLUMNS | {
         "against NumPy out=": ratio_over(OUT),
         "against NumPy literal": ratio_over(LITERAL),
     },
-    "peers": AGAINST_OTHERS,
-    "storage": AGAINST_OTHERS,
+    "peers": against_others(STEP),
+    "storage": against_others(STEP),
+    "outer": against_others(OUTER_STEP),
+}
+
+
+@dataclass(frozen=True)
+class Variants:
+    """What tells the cases of a suite apart besides job, workload and threads."""
+
+    heading: str
+    field: str                          # of `Case`
+    names: Iterable[str]
+    ours: str
+    ratios: dict[str, tuple[str, str]]  # heading: who, over whom
+
+
+VARIANTS = {
+    "storage": Variants(
+        "stored as", "storage", STORAGES, STEP, {"against float32": (STEP, WIDE)}
+    ),
+    "outer": Variants("replicas", "outer", OUTERS, OUTER_STEP, {
+        f"against {FLOWER}, weighted": (OUTER_WEIGHTED, FLOWER),
+        **{f"against {peer.name}": (OUTER_STEP, peer.name) for peer in PEERS_OUTER},
+    }),
 }
 
 
@@ -232,19 +273,19 @@ def all_tables(results: Results, suite: str) -> str:
     return "\n".join(parts)
 
 
-def wins_of_peers(results: Results) -> str:
+def wins_of_peers(results: Results, ours: str = STEP) -> str:
     """Return where something other than optcore is fastest; an empty table is not hidden."""
     rows = []
     for key, case in results.cases.items():
         others = [
             (ratio, name) for name in case
             if name != LIMIT and not name.startswith("optcore")
-            and (ratio := results.speedup(key, name, STEP + distance(name))) is not None
+            and (ratio := results.speedup(key, name, ours + distance(name))) is not None
         ]
         ratio, name = max(others, key=lambda win: win[0].median, default=(None, ""))
         if ratio is not None and ratio.median > 1:
             rows.append([case_title(key), name, figure(ratio, times=True)])
-    return table(["case", "fastest", "faster than optcore, step()"], rows) if rows else (
+    return table(["case", "fastest", f"faster than {ours}"], rows) if rows else (
         "Nowhere in this run.\n"
     )
 
@@ -263,23 +304,42 @@ def training_table(results: Results) -> str:
     return table(head, rows) if rows else "Not measured in this run.\n"
 
 
-def storage_tables(results: Results) -> str:
-    """Return a table for each rule, length and number of threads: what every storage gains."""
+def variant_tables(results: Results, of: Variants) -> str:
+    """Return a table for each rule, length and number of threads, a row a variant."""
     parts = []
     for job, workload, threads in dict.fromkeys((key[0], key[1], key[3]) for key in results.cases):
         rows = []
-        for storage in STORAGES:
-            key = (job, workload, storage, threads)
-            if (time := results.time(key, STEP)) is None:
+        for name in of.names:
+            key = (job, workload, name, threads)
+            if (time := results.time(key, of.ours)) is None:
                 continue
             rows.append([
-                storage, str(Case(job, workload, storage=storage).bytes_each), figure(time),
-                figure(results.speedup(key, STEP, LIMIT)),
-                figure(results.speedup(key, STEP, WIDE), times=True),
+                name, str(Case(job, workload, **{of.field: name}).bytes_each), figure(time),
+                figure(results.speedup(key, of.ours, LIMIT)),
+                *[figure(results.speedup(key, *pair), times=True) for pair in of.ratios.values()],
             ])
-        head = ["stored as", "bytes", "µs", "of its limit", "against float32"]
+        head = [of.heading, "bytes", "µs", "of its limit", *of.ratios]
         parts += [f"**{title(job, workload)}, {plural(threads, 'thread')}**\n", table(head, rows)]
     return "\n".join(parts)
+
+
+def resident_table(rows: Iterable[Row]) -> str:
+    """Return the memory that an outer step takes beyond its arrays, by replicas and contender."""
+    found = {(row["workload"], row["outer"], row["contender"]): row["mb"] for row in rows}
+    if not found:
+        return "Not measured in this run.\n"
+    names = list(dict.fromkeys(name for *_, name in found))
+    lines = [
+        [f"{int(float(workload)):,}, {outer}",
+         *[number(found.get((workload, outer, name))) for name in names]]
+        for workload, outer in dict.fromkeys(key[:2] for key in found)
+    ]
+    most = max(mb for (*_, name), mb in found.items() if name.startswith("optcore"))
+    return "\n".join([
+        table(["MB beyond the arrays", *names], lines),
+        f"optcore's shall be below {number(RESIDENT_MB)} and is at most {number(most)}: "
+        f"{'held' if most < RESIDENT_MB else '**missed**'}.\n",
+    ])
 
 
 def short_table(results: Results) -> str:
@@ -360,9 +420,15 @@ def outline(summary: dict[str, Any], results: Results) -> str:
     if suite == "peers":
         parts += ["### In training\n", training_table(results)]
     if suite == "storage":
-        parts += ["### Storages\n", storage_tables(results)]
+        parts += ["### Storages\n", variant_tables(results, VARIANTS[suite])]
+    if suite == "outer":
+        parts += [
+            "### Replicas\n", variant_tables(results, VARIANTS[suite]),
+            "### Memory\n", resident_table(summary["resident"]),
+        ]
     if suite != "engine":
-        parts += ["### Where a peer wins\n", wins_of_peers(results)]
+        ours = VARIANTS[suite].ours if suite in VARIANTS else STEP
+        parts += ["### Where a peer wins\n", wins_of_peers(results, ours)]
     return "\n".join(parts)
 
 
@@ -383,7 +449,8 @@ def write(
     ----------
     summary : dict
         ``"suite"``, ``"quick"``, ``"machine"``, ``"rows"``; where peers were measured also
-        ``"peers"`` and ``"absent"``, and ``"wrong"`` of the storage suite.
+        ``"peers"`` and ``"absent"``, ``"wrong"`` of the storage suite, and ``"resident"`` of
+        the outer one.
     out : pathlib.Path
         A folder that exists.
     readme : pathlib.Path, optional
@@ -391,8 +458,8 @@ def write(
         ``<!-- bench:end -->``.
     docs : pathlib.Path, optional
         Where targets and the cases that others win go, between ``<!-- engine:begin -->``,
-        ``<!-- peers:begin -->`` or ``<!-- storage:begin -->`` and their ends. The tables of all
-        results are in the folder.
+        ``<!-- peers:begin -->``, ``<!-- storage:begin -->`` or ``<!-- outer:begin -->`` and their
+        ends. The tables of all results are in the folder.
     """
     from figures import engine_figure, roofline_figure
 

@@ -3,13 +3,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cases import HALF
-from contenders import ALONE, FUNCTION, LIMIT, LITERAL, OUT, STEP, WIDE
+from cases import HALF, OUTER, OUTERS
+from contenders import (
+    ALONE,
+    FLOWER,
+    FUNCTION,
+    LIMIT,
+    LITERAL,
+    OUT,
+    OUTER_STEP,
+    OUTER_WEIGHTED,
+    STEP,
+    WIDE,
+)
 from peers import NAMES
+from peers import OUTERS as PEERS_OUTER
 from samples import Sample
 
 FUSED = "PyTorch, fused"
 FIELD = (LITERAL, OUT, *NAMES)
+
+# What an outer step may take beyond the arrays, MB: see resident.py
+RESIDENT_MB = 1.0
 
 # A cache line's round trip between cores that share an L3 takes less; across, some hundreds. A
 # training's steps are two measurements by that, and its name says which the second is.
@@ -29,12 +44,12 @@ class Target:
     at_least: float
     threads: int | str = 1      # "all": the run with all of the machine's
     within_spread: bool = False     # the upper quartile of the ratio counts, not its median
-    stored_as: str = "float32"
+    variant: str = "float32"
 
     @property
     def opponents(self) -> str:
         """How a report names them."""
-        return self.than[0] if len(self.than) == 1 else "the best of all others"
+        return " or ".join(self.than) if len(self.than) < 3 else "the best of all others"
 
     def figure(self, ratio: Sample) -> float:
         """Return what must be at least so much."""
@@ -99,7 +114,7 @@ TARGETS = [
     ],
     # Narrow storage, where all cores wait for DRAM
     *[
-        Target("storage", "momentum", "5e7", STEP, (than,), at_least, "all", stored_as=storage)
+        Target("storage", "momentum", "5e7", STEP, (than,), at_least, "all", variant=storage)
         for storage, than, at_least in [
             ("bfloat16 velocity", WIDE, 1.15),
             ("bfloat16 gradients and velocity", WIDE, 1.3),
@@ -107,6 +122,18 @@ TARGETS = [
             ("split, bfloat16 gradients", WIDE, 1.0),
             (HALF, "PyTorch, for-loop", 3.0),
             (HALF, "PyTorch, foreach", 3.0),
+        ]
+    ],
+    # Outer steps
+    *[
+        Target("outer", OUTER, workload, who, than, at_least, threads, variant=replicas)
+        for workload in ("2.5e7", "1e8")
+        for replicas in OUTERS
+        for threads in (1, "all")
+        for who, than, at_least in [
+            (OUTER_WEIGHTED, (FLOWER,), 3.0),
+            (OUTER_STEP, tuple(peer.name for peer in PEERS_OUTER), 1.5),
+            (OUTER_STEP, (LIMIT,), 0.9),
         ]
     ],
 ]

@@ -495,7 +495,7 @@ def test_targets_name_contenders_that_exist():
     }
     for target in TARGETS:
         assert {target.who.removesuffix(FAR), *target.than} <= names
-        assert target.stored_as in cases.STORAGES
+        assert target.variant in cases.STORAGES
 
 
 @pytest.mark.parametrize("suite", ["engine", "peers"])
