@@ -18,6 +18,7 @@ import contenders  # noqa: E402
 import limit  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import resident  # noqa: E402
 import shapes  # noqa: E402
 import training  # noqa: E402
 from samples import KEPT, Sample, thinned  # noqa: E402
@@ -97,6 +98,53 @@ def test_bytes_of_storages():
     found = [cases.Case("sgd", SMALL, storage=name).bytes_each for name in cases.STORAGES]
     assert found == [12, 12, 10, 10, 10, 14, 6, 6, 14, 6]
     assert cases.Case("pipeline", SMALL, "float64").bytes_each == 72
+
+
+OUTERS = [*contenders.OUTERS, contenders.NUMPY_OUTER, *peers.installed_outers()]
+
+
+@pytest.mark.parametrize("outer", cases.OUTERS)
+@pytest.mark.parametrize("contender", OUTERS, ids=lambda c: c.name)
+def test_outer_steps_equal_the_reference(contender, outer, small_models):
+    case = cases.Case(cases.OUTER, small_models, threads=2, outer=outer)
+    assert contender.takes(case)
+    check(contender, case)
+
+
+@pytest.mark.parametrize(("stepped", "word"), [
+    ("1 replica, written back", "replica 0 is not written"),     # as one that does not write
+    ("4 replicas", "tensor 0"),                                  # as if there were fewer
+])
+def test_the_check_of_outer_steps_notices(stepped, word):
+    case = cases.Case(cases.OUTER, SMALL, outer=stepped)
+    arrays = cases.Arrays(case)
+    arrays.reset()
+    opt = case.optimizer(arrays.x)
+    run = cases.Run(lambda: opt.outer_step(arrays.sets[:3]), lambda: arrays.x)
+    with pytest.raises(AssertionError, match=word):
+        arrays.check(run, exact=True)
+
+
+def test_weights_of_replicas_are_told_from_none():
+    case = cases.Case(cases.OUTER, SMALL, outer="4 replicas")
+    plain = contenders.build_outer(case, arrays := cases.Arrays(case))
+    weighted = contenders.build_outer_weighted(case, arrays)
+    assert not np.allclose(plain.expected, weighted.expected, rtol=0, atol=1e-4)
+
+
+def test_bytes_of_outer_steps():
+    found = [cases.Case(cases.OUTER, SMALL, outer=name).bytes_each for name in cases.OUTERS]
+    assert found == [20, 24, 32, 48, 56, 96]
+
+
+def test_what_an_outer_step_takes_beyond_its_arrays():
+    if not resident.CLEAR.exists():
+        pytest.skip("the system does not say how much is resident")
+    case = cases.Case(cases.OUTER, "1e6", threads=2, outer="4 replicas, written back")
+    ours = resident.apart(case, contenders.build_outer)
+    assert ours < 1e6
+    # Flower's mean, its differences, two of momentum's and the new parameters: 4 MB each
+    assert resident.apart(case, contenders.build_flower) > ours + 8e6
 
 
 def test_the_check_of_noise_reaches_the_last_element_and_the_seed(monkeypatch):
@@ -316,8 +364,11 @@ def built(tmp_path_factory):
     return tmp_path_factory.mktemp("limit")     # compiled once
 
 
-# From 0.5, and gradients and velocities of 0.5; the pipeline zeroes the gradients
-TWO_LIMIT_STEPS = {"sgd": (0.45, 0.4), "momentum": (0.405, 0.2695), "pipeline": (0.405, 0.3195)}
+# From 0.5, and gradients, replicas and velocities of 0.5; the pipeline zeroes the gradients
+TWO_LIMIT_STEPS = {
+    "sgd": (0.45, 0.4), "momentum": (0.405, 0.2695), "pipeline": (0.405, 0.3195),
+    "outer": (0.2165, 0.338405), "outer, written back": (0.2165, -0.03865),
+}
 
 
 @pytest.mark.parametrize(("job", "dtype", "storage"), [
@@ -340,6 +391,20 @@ def test_the_limit_sweeps_every_element(job, dtype, storage, built):
         value = float(reference.widened(x[:1].view(cases.dtype_of(case.stored.param)))[0])
         assert value == pytest.approx(stepped, rel=0, abs=2**-8 if storage else 1e-6)
     assert x.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("outer", cases.OUTERS)
+def test_the_limit_of_outer_steps(outer, built):
+    case = cases.Case(cases.OUTER, "600003", threads=2, outer=outer)
+    try:
+        run = limit.limit_contender(built).build(case, None)
+    except limit.NoCompilerError as reason:
+        pytest.skip(str(reason))
+    (x,) = run.params()
+    for stepped in TWO_LIMIT_STEPS["outer, written back" if "back" in outer else "outer"]:
+        run.step()
+        assert (x == x[0]).all()
+        assert x[0] == pytest.approx(stepped, rel=0, abs=1e-6)
 
 
 def test_rows_leave_the_rounds_out():
@@ -491,11 +556,12 @@ def test_the_short_table_shows_a_training_as_it_was():
 def test_targets_name_contenders_that_exist():
     ours = [*contenders.ENGINE, *contenders.OPTCORE, contenders.OPTCORE_ALONE]
     names = {contender.name for contender in ours} | {
-        contenders.LIMIT, contenders.WIDE, *peers.NAMES
+        contenders.LIMIT, contenders.WIDE, *peers.NAMES,
+        contenders.FLOWER, *[c.name for c in [*contenders.OUTERS, *peers.OUTERS]],
     }
     for target in TARGETS:
         assert {target.who.removesuffix(FAR), *target.than} <= names
-        assert target.variant in cases.STORAGES
+        assert target.variant in (cases.OUTERS if target.suite == "outer" else cases.STORAGES)
 
 
 @pytest.mark.parametrize("suite", ["engine", "peers"])
@@ -568,6 +634,43 @@ def test_report_of_storages(tmp_path):
         assert text.count("| held |") == 1
     assert "**momentum, 50,000,000, bfloat16 velocity, 2 threads**" in text
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_report_of_outer_steps(tmp_path):
+    in_place = peers.OUTERS[1].name
+    rows = [
+        row(name, us * scale, job="outer", workload="2.5e7", threads=threads, outer=outer)
+        for outer, scale in [("1 replica", 1), ("4 replicas, written back", 3)]
+        for threads in (1, 2)
+        for name, us in {
+            contenders.LIMIT: 7, contenders.OUTER_STEP: 10, contenders.OUTER_WEIGHTED: 11,
+            contenders.FLOWER: 44, in_place: 16,
+        }.items()
+    ]
+    summary = {
+        "suite": "outer", "quick": False, "machine": MACHINE, "rows": rows, "peers": {},
+        "absent": {}, "resident": [
+            {"workload": "2.5e7", "outer": "1 replica", "contender": name, "mb": mb}
+            for name, mb in [(contenders.OUTER_STEP, 0.25), (contenders.FLOWER, 500)]
+        ],
+    }
+    docs = tmp_path / "docs.md"
+    docs.write_text("<!-- outer:begin -->\n<!-- outer:end -->\n")
+    report.write(summary, tmp_path, docs=docs)
+    text = docs.read_text()
+    assert (
+        "| outer step, 25,000,000, 4 replicas, written back | all | optcore, outer_step(weights)"
+        " | NumPy, as Flower | 3.00× | 4.00× (4.00–4.00) | held |"
+    ) in text
+    assert "memory limit | 0.90× | 0.70× (0.70–0.70) | **missed** |" in text
+    assert f"1.60× (1.60–1.60), {in_place} | held |" in text
+    assert "| 4 replicas, written back | 48 | 30.0 (30.0–30.0) | 0.70 (" in text
+    assert "| 25,000,000, 1 replica | 0.25 | 500 |" in text
+    assert "shall be below 1.00 and is at most 0.25: held" in text
+    summary["resident"][0]["mb"] = 1.5
+    assert "at most 1.50: **missed**" in report.resident_table(summary["resident"])
+    assert "Not measured" in report.resident_table([])
+    assert "Nowhere" in report.wins_of_peers(report.Results(rows), contenders.OUTER_STEP)
 
 
 def test_markers_must_be_there():
