@@ -7,6 +7,7 @@ built anew whenever these hold other tensors, or tensors in another place, than 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, overload
 
@@ -24,6 +25,7 @@ from optcore._state import saved_count
 from optcore.arrays import is_bfloat16
 from optcore.groups import GROUP_NOTES
 from optcore.options import CHOICES, GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked
+from optcore.pieces import Stepping
 from optcore.sgd import GroupOptions
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
@@ -98,6 +100,8 @@ class _Owner(NamedTuple):
     param: Any
     group: dict[str, Any]
     order: list[int] | None     # the axes by descending stride; None: in C order as they are
+    label: str
+    place: Any
 
     @property
     def velocity_key(self) -> str:
@@ -130,9 +134,8 @@ class _Owner(NamedTuple):
             return tensor
         return p.from_local(tensor, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
-    def gradient(self) -> Any:
-        """Return the gradient as the plan takes it."""
-        grad = self.param.grad
+    def gradient(self, grad: Any) -> Any:
+        """Return a gradient as the plan takes it."""
         if grad is None:
             return None
         if hasattr(grad, "to_local") and grad.placements != self.param.placements:
@@ -190,14 +193,55 @@ def _owned(param: Any, group: dict[str, Any], label: str) -> tuple[_Owner, torch
             f"got {', '.join(map(str, kind))}"
         )
     if torch.nn.parameter.is_lazy(param):       # nothing yet
-        return _Owner(param, group, None), torch.empty(0, dtype=param.dtype)
+        return _Owner(param, group, None, label, _place(param)), torch.empty(0, dtype=param.dtype)
     if param.is_neg():
         raise ValueError(f"{label} is a negated view: give torch.nn.Parameter(p.resolve_neg())")
     local = _local(param)
     order = None if local.is_contiguous() else sorted(
         range(local.dim()), key=local.stride, reverse=True)
-    owner = _Owner(param, group, order)
+    owner = _Owner(param, group, order, label, _place(param))
     return owner, owner.turned(local)
+
+
+def _on_gradient(ref: weakref.ref[SGD]) -> Callable[[Any], None]:
+    """Return the hook that steps a parameter, but keeps no optimizer alive."""
+    def hook(param: Any) -> None:
+        opt = ref()
+        if opt is not None and param.grad is not None:
+            opt._take({param: param.grad})
+
+    return hook
+
+
+def _on_bucket(ref: weakref.ref[SGD]) -> Callable[[Any, Any], Any]:
+    """Return the hook by which DistributedDataParallel averages a bucket and has it stepped."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    def hook(group: Any, bucket: Any) -> Any:
+        opt = ref()
+        if opt is not None:
+            opt._check_bucket(bucket)
+        average = allreduce_hook(group, bucket)
+        if opt is not None:
+            opt._take_averaged(average, bucket)
+        return average
+
+    return lambda group, bucket: hook(group, bucket)    # which has no annotations to be disputed
+
+
+def _check_replicated(model: Any) -> None:
+    """Refuse a model that cannot tell which gradients there are while ``backward()`` runs."""
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "step_in_backward must be True, False or a DistributedDataParallel model, got "
+            f"{type(model).__name__}"
+        )
+    for name in ("find_unused_parameters", "static_graph", "mixed_precision"):
+        if getattr(model, name, None):
+            raise ValueError(
+                f"step_in_backward must be False with {name}, for which gradients are known only "
+                f"after backward(): build DistributedDataParallel without {name}"
+            )
 
 
 def _own_option(name: str) -> Any:
@@ -247,6 +291,11 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         As in `optcore.SGD`, with a star: None is float32 for half parameters, too.
     seed : int in [0, 2**64), default 0
         As in `optcore.SGD`.
+    step_in_backward : bool or DistributedDataParallel, default False
+        Step each parameter inside ``backward()``, as soon as it has its gradient, and free that;
+        ``step()`` then steps what else has a gradient and ends the step. Parameters of a
+        DistributedDataParallel model need the model itself here, since their gradients must be
+        averaged first.
 
     Attributes
     ----------
@@ -258,7 +307,12 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     TypeError, ValueError
         For what is not supported or out of range. Tensors on a GPU, sparse, complex, negated or
         of another dtype are refused, naming the parameter where names were given. `master` and
-        `velocity_dtype` stay as the optimizer was built.
+        `velocity_dtype` stay as the optimizer was built. With `step_in_backward`, `max_norm` and
+        `skip_nonfinite`, which need all gradients before the first parameter is stepped.
+    RuntimeError
+        With `step_in_backward`, from ``backward()``, for a second gradient of a parameter that is
+        stepped already; from ``step()`` under a GradScaler; and for what changes, saves or copies
+        the optimizer between ``backward()`` and ``step()``.
 
     Notes
     -----
@@ -286,6 +340,9 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     _skipped = 0
     _applied = 0            # steps, which noise is counted by
     _measured: tuple[float | None, list[Any]] = (None, [])
+    _in_backward = False
+    _replicas: Any = None   # the DistributedDataParallel model that averages the gradients
+    _piece: Stepping | None = None      # the step that backward() has begun
 
     def __init__(
         self,
@@ -312,14 +369,23 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         rounding: str = "stochastic",
         velocity_dtype: Any = None,
         seed: int = 0,
+        step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
     ) -> None:
         given = locals()
         self._own = {name: given[name] for name in OWN_OPTIONS}
+        self._in_backward = step_in_backward is not False
+        if not isinstance(step_in_backward, bool):
+            _check_replicated(step_in_backward)
+            self._replicas = step_in_backward
+        self._begin()
         super().__init__(params, {
             name: given[name] for name in (*GROUP_OPTIONS, *SWITCHED_OFF) if name in given
         })
         self._complete = True
         self._build()
+        if self._replicas is not None:
+            self._replicas.register_comm_hook(
+                self._replicas.process_group, _on_bucket(weakref.ref(self)))
 
     @property
     def skipped(self) -> int:
@@ -339,6 +405,11 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         """
         return list(self._measured[1])
 
+    @property
+    def step_in_backward(self) -> bool:
+        """Whether parameters are stepped inside ``backward()``."""
+        return self._in_backward
+
     max_norm = _own_option("max_norm")
     skip_nonfinite = _own_option("skip_nonfinite")
     ema_decay = _own_option("ema_decay")
@@ -355,6 +426,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     @contextlib.contextmanager
     def _all_or_nothing(self, *dicts: dict[str, Any]) -> Iterator[None]:
         """Put back what a change has changed that is refused."""
+        self._check_between()
         own, state, groups = self._own, self.state, self.param_groups
         applied = self._applied
         n_groups, before = len(groups), [
@@ -410,14 +482,28 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: all but the plan and the hooks."""
-        own = ("_own", "_complete", "_skipped", "_applied", "_measured")
+        self._check_between()
+        if self._replicas is not None:
+            raise TypeError(
+                "an optimizer with step_in_backward=model cannot be copied or pickled, for the "
+                "copy's model would not tell it of gradients: build one with the other model and "
+                "load_state_dict(opt.state_dict())"
+            )
+        own = ("_own", "_complete", "_skipped", "_applied", "_measured", "_in_backward")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on from `__getstate__`."""
+        super().__setstate__(state)
+        self._begin()
+        self._hook()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as ``torch.optim.Optimizer.state_dict``.
 
         Groups have, besides, the ``"seed"`` and the ``"step_count"`` that noise comes from.
         """
+        self._check_between()
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update(seed=self.seed, step_count=self._applied)
@@ -498,6 +584,9 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step over all parameters that have a gradient.
 
+        With `step_in_backward`, over those that ``backward()`` has not stepped, which ends the
+        step that it began: one step is counted.
+
         Parameters
         ----------
         closure : callable, optional
@@ -508,18 +597,24 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         KeyError, TypeError, ValueError
             For gradients, options and states that are not as they must be. Nothing has changed
             then.
+        RuntimeError
+            With `step_in_backward`, for a GradScaler, and for gradients of parameters that were
+            stepped already.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward:
+            self._end_step()
+            return loss
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf != 0:    # GradScaler sums it over devices
             self._skipped += 1
             self._measured = (None, [])
             return loss
         plan = self._current_plan()
-        grads = [owner.gradient() for owner in self._owners]
+        grads = [owner.gradient(owner.param.grad) for owner in self._owners]
         taken = [owner.param for owner, grad in zip(self._owners, grads, strict=True)
                  if grad is not None]
         if plan is None or not taken:
@@ -538,6 +633,141 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         else:
             self._skipped += 1
         return loss
+
+    # Steps in backward
+
+    def _begin(self) -> None:
+        """Begin without hooks and without a step under way."""
+        self._hooks: dict[Any, Any] = {}
+        self._stepped: set[int] = set()     # in the step under way
+        self._buckets: list[tuple[Any, dict[Any, Any]]] = []    # of this backward(), not stepped
+
+    def _hook(self) -> None:
+        """Register hooks where they lack, and remove the others; one that is running stays."""
+        if not self._in_backward or self._replicas is not None:
+            return
+        wanted = {
+            param for group in self.param_groups for param in group["params"]
+            if param.requires_grad and not torch.nn.parameter.is_lazy(param)
+        }
+        for param in self._hooks.keys() - wanted:
+            self._hooks.pop(param).remove()
+        for param in wanted - self._hooks.keys():
+            self._hooks[param] = param.register_post_accumulate_grad_hook(
+                _on_gradient(weakref.ref(self)))
+
+    def _check_between(self) -> None:
+        """Refuse what has no meaning in the middle of a step."""
+        if self._piece is not None:
+            raise RuntimeError(
+                "a step is under way, for backward() has stepped parameters: call opt.step() first"
+            )
+
+    def _take(self, gradients: dict[Any, Any]) -> None:
+        """Step some parameters, all or none, and free their gradients; the first begin the step."""
+        plan = self._current_plan() if self._piece is None else self._plan
+        if plan is None:
+            return
+        given = {}
+        for param, grad in gradients.items():
+            i = self._places.get(param)
+            if i is None:       # another optimizer's, or no longer this one's
+                continue
+            owner = self._owners[i]
+            self._refuse_again(i)
+            if _place(param) != owner.place:
+                raise RuntimeError(
+                    f"{owner.label} was replaced while a step was under way: call opt.step() "
+                    "before, which ends it (opt.zero_grad() drops the gradient)"
+                )
+            given[i] = owner.gradient(grad)
+        if not given:
+            return
+        if self._piece is not None:
+            self._piece.step(given)
+        else:
+            with contextlib.ExitStack() as beginning:
+                piece = beginning.enter_context(plan.stepping())
+                piece.step(given)
+                beginning.pop_all()     # it stays open
+            self._piece = piece
+        self._stepped.update(given)
+        taken = [self._owners[i].param for i in given]
+        # The plan writes behind autograd's back, which must learn of it.
+        torch.autograd.graph.increment_version(taken)
+        for param in taken:
+            param.grad = None
+
+    def _refuse_again(self, i: int | None) -> None:
+        """Refuse a gradient of a parameter that had its step."""
+        if i in self._stepped:
+            raise RuntimeError(
+                f"{self._owners[i].label} has another gradient after step_in_backward has stepped "
+                "it: call opt.step() after each backward() (opt.zero_grad() drops the gradient); "
+                "to add gradients up, leave step_in_backward out; a DistributedDataParallel "
+                "model needs step_in_backward=model, and a parameter in several checkpoints "
+                "use_reentrant=False"
+            )
+
+    def _check_bucket(self, bucket: Any) -> None:
+        """Refuse a bucket before any rank waits for others to average it."""
+        if self._replicas._join_config.enable:
+            raise RuntimeError(
+                "step_in_backward must be False within join(), where ranks that have no more "
+                "inputs see gradients too"
+            )
+        for param in bucket.parameters():
+            self._refuse_again(self._places.get(param))
+
+    def _take_averaged(self, average: Any, bucket: Any) -> None:
+        """Step the buckets that are averaged by now, and after the last one, all."""
+        if bucket.index() == 0:
+            self._buckets.clear()       # of a backward() that failed
+        self._buckets.append(
+            (average, dict(zip(bucket.parameters(), bucket.gradients(), strict=True))))
+        while self._buckets and self._buckets[0][0].done():
+            self._take_next()
+        if bucket.is_last():
+            # once the model's own callback, which comes next, has awaited the averages and put
+            # them into p.grad
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._take_buckets))
+
+    def _take_next(self) -> None:
+        """Step the first bucket of those that were not."""
+        average, gradients = self._buckets.pop(0)
+        average.value()     # which raises if it failed
+        self._take(gradients)
+
+    def _take_buckets(self) -> None:
+        """Step the buckets left at the end of ``backward()``."""
+        while self._buckets:
+            self._take_next()
+        for i in self._stepped:
+            self._owners[i].param.grad = None
+
+    def _end_step(self) -> None:
+        """Step what has a gradient that no hook was called for, and end the step."""
+        for name in ("grad_scale", "found_inf"):
+            if getattr(self, name, None) is not None:
+                raise RuntimeError(
+                    "step_in_backward has stepped scaled gradients: a GradScaler needs an "
+                    "optimizer without step_in_backward, and bfloat16 needs no GradScaler"
+                )
+        self._take({param: param.grad for group in self.param_groups for param in group["params"]
+                    if param.grad is not None})
+        plan, piece, stepped = self._plan, self._piece, self._stepped
+        if plan is None or piece is None:
+            return
+        self._piece, self._stepped = None, set()
+        piece.__exit__(None, None, None)
+        self._applied = plan.step_count
+        started = [i for i in self._waiting if i in stepped]
+        if started:
+            replaced = self._seen != self._look()
+            self._publish(plan, started)
+            if replaced:
+                self._plan = None       # the next step is to go on from what is there now
 
     # The plan
 
@@ -562,9 +792,14 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     def _own_numbers(self) -> dict[str, Any]:
         """Return the options of the whole optimizer as the plan takes them."""
         for name in ("max_norm", "skip_nonfinite"):
-            if self._own[name] is not OPTIMIZER_OPTIONS[name] and any(
-                hasattr(owner.param, "to_local") for owner in self._owners
-            ):
+            if self._own[name] is OPTIMIZER_OPTIONS[name]:
+                continue
+            if self._in_backward:
+                raise ValueError(
+                    f"{name} must be left out with step_in_backward: it needs all gradients "
+                    "before the first parameter is stepped (clip_value does not)"
+                )
+            if any(hasattr(owner.param, "to_local") for owner in self._owners):
                 raise ValueError(
                     f"{name} must be left out with DTensors, whose gradients lie on several ranks: "
                     "call torch.nn.utils.clip_grad_norm_() before step()"
@@ -577,7 +812,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         for group in self.param_groups:
             seen += bool(group.get("momentum")), group.get("lr_in_velocity")
             for param in group["params"]:
-                seen += id(param), _place(param)
+                seen += id(param), _place(param), self._in_backward and param.requires_grad
         for param, entry in self.state.items():
             for key, held in entry.items():
                 seen += id(param), key, _place(held)
@@ -679,6 +914,8 @@ class SGD(torch.optim.Optimizer, GroupOptions):
             if (velocities[i] is None and owner.group["momentum"])
             or (lent[i] is None and plan._masters[i] is not None)
         ]
+        self._places = {owner.param: i for i, owner in enumerate(self._owners)}
+        self._hook()
         self._seen = self._look()
         self._plan = plan
 
