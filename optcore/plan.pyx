@@ -493,9 +493,8 @@ cdef class Plan(Table):
             and of any dtype that a gradient may have. A parameter is left out where it is None in
             every entry.
         weights : sequence of floats >= 0, optional
-            One for each replica, the number of its examples say. The mean is formed as
-            ``s = w[0] * p[0]; s = s + w[k] * p[k]``, each weight divided by their sum in float64
-            and then rounded once; without weights as ``(p[0] + p[1] + …) * (1 / n)``.
+            Of the mean, formed as in `step_replicas`; without weights it is
+            ``(p[0] + p[1] + …) * (1 / n)``.
         grad_scale : float, > 0, default 1
             Multiplies the difference.
         write_back : bool, default False
