@@ -41,13 +41,15 @@ def example(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import diloco_torch
 
-    return diloco_torch
+    n_threads = torch.get_num_threads()     # which are OpenMP's, and optcore's with it
+    torch.set_num_threads(1)
+    yield diloco_torch
+    torch.set_num_threads(n_threads)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_has_the_bits_of_plain_numpy(size, example, monkeypatch, tmp_path):
     def target(_):
-        torch.set_num_threads(1)
         ours, _ = example.train(0, rounds=4, inner_steps=3)
         monkeypatch.setattr(optcore, "SGD", PlainNumPy)
         plain, _ = example.train(0, rounds=4, inner_steps=3)
@@ -63,7 +65,6 @@ def test_averaging_at_every_step_is_training_with_the_joined_batch(
     size, example, monkeypatch, tmp_path
 ):
     def target(_):
-        torch.set_num_threads(1)
         monkeypatch.setattr(
             example, "inner_optimizer", lambda params: torch.optim.SGD(params, lr=0.1))
         start, _ = example.train(0, rounds=0, inner_steps=1, outer=None)
