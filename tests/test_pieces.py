@@ -528,6 +528,13 @@ def test_collecting_is_an_outer_step(weights, total, rng):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
 
 
+def test_a_sum_of_zeros_keeps_its_sign():
+    x, y, replica = (np.full(9, -0.0, np.float32) for _ in range(3))
+    used(optcore.SGD(x, lr=0.5).collecting(), ("add", replica))
+    optcore.SGD(y, lr=0.5).outer_step([replica])
+    assert same_bits(x, y)
+
+
 def test_an_exception_leaves_all_as_it_was_and_others_may_step(rng):
     params, opt = model(rng, momentum=0.9)
     replica = [np.ones_like(p) for p in params]
