@@ -132,7 +132,7 @@ cdef object close_piece(Plan plan, object piece, object _, object __):
 
 
 cdef int begin_step(Piece self) except -1:
-    """Ask the options of a step whose norm nobody can know, and hold the plan in it."""
+    """Ask the options of a step whose norm nobody can know."""
     cdef Plan plan = self._plan
     self._step = plan._asked(self._grad_scale, self._zero_grad)
     plan._look_again()
@@ -267,12 +267,13 @@ cdef object step_some(Plan plan, object piece, object pairs, object _):
     cdef Stepping self = piece
     cdef dict grads = {}
     cdef Py_ssize_t i
+    if any([grad is BOUND for _, grad in pairs]):
+        if plan._bound is None:
+            raise TypeError("grad must be given to step() where none were bound")
+        plan._look_at_bound()
     for key, grad in pairs:
         i = self._index_of(key)
         if grad is BOUND:
-            if plan._bound is None:
-                raise TypeError("grad must be given to step() where none were bound")
-            plan._look_at_bound()
             grad = plan._bound[i]
         if self._taken[i] or i in grads:
             raise ValueError(
@@ -382,8 +383,7 @@ cdef class Accumulating(Piece):
             sets = plan._bound_sets()
         plan._look_again()
         plan._ready(sets, GRADS, &step)
-        if not step.has_gradient:
-            raise ValueError("grads must hold at least one array, got None for every parameter")
+        plan._check_some(&step, "grads")
         # Nothing from here on can fail
         for i in range(plan._n):
             t = &plan._tensors[i]
@@ -519,8 +519,7 @@ cdef class Collecting(Piece):
             )
         plan._look_again()
         plan._ready(sets, names, &step)
-        if not step.has_gradient:
-            raise ValueError(f"{what} must hold at least one array, got None for every parameter")
+        plan._check_some(&step, what)
         if sums is None:
             sums = sums_like(plan)
             plan._ready(sets, names, &step)     # again, for allocating may run a finalizer

@@ -41,6 +41,7 @@ cdef class Plan(Table):
         self, object grad_scale, object zero_grad, object weights=*, Py_ssize_t n_sets=*,
         bint asks=*, bint outer=*,
     ) except *
+    cdef int _check_some(self, const Step *step, str what) except -1
     cdef list _prepare(self, list sets, tuple names, Step *step, bint gathers=*)
     cdef const double *_weights_of(self, object weights, Py_ssize_t n) except? NULL
     cdef double _current_ema_decay(self) except -1

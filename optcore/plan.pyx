@@ -303,14 +303,19 @@ cdef class Plan(Table):
             step.ema_decay = self._current_ema_decay()
         return step
 
+    cdef int _check_some(self, const Step *step, str what) except -1:
+        """Refuse a step that has nothing for any parameter."""
+        if not step.has_gradient:
+            raise ValueError(f"{what} must hold at least one array, got None for every parameter")
+        return 0
+
     cdef list _prepare(self, list sets, tuple names, Step *step, bint gathers=True):
         """All else of a step that can fail; returns what holds the gradients for the sweep."""
         if sets is None:
             sets = self._bound_sets()
         self._look_again()
         self._ready(sets, names, step, gathers)
-        if not step.has_gradient:
-            raise ValueError("grads must hold at least one array, got None for every parameter")
+        self._check_some(step, "grads")
         if step.lacks_states or (measures(&self._own) and not self._norm.is_prepared()):
             self._start_states()
             self._norm.prepare(self._tensors, self._n)
