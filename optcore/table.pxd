@@ -132,6 +132,8 @@ cdef class Table:
     cdef Py_ssize_t _scattered_one(self) except -1
     cdef int _return_scattered(self) except -1
     cdef int _refuse_shared(self, tuple names, const Step *step) except -1
+    cdef int _refuse_interwoven(self, list sets, tuple names, const Step *step) except -1
+    cdef int _refuse_pair(self, tuple names, Py_ssize_t first, Py_ssize_t second) except -1
     cdef void _add_other(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept
     cdef Span _span_like(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept
     cdef int _bind(self, Roots roots) except -1

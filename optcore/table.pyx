@@ -47,6 +47,8 @@ from optcore.storage cimport (
 )
 from optcore.sweep cimport COPY, one_tensor, round_streams
 
+from itertools import combinations
+
 import numpy as np
 
 from optcore._arena import allocate_like
@@ -689,14 +691,33 @@ cdef class Table:
             for k in range(n_sets):
                 self._add_other(&grads[j * n_sets + k], nth(step, j), k * self._n + nth(step, j))
         if not self._others.sort(&first, &second):
-            raise ValueError(
-                f"{spell(self._label(names[second // self._n], second % self._n))} must not share "
-                f"memory with {spell(self._label(names[first // self._n], first % self._n))} "
-                "where gradients are written, got overlapping arrays"
-            )
+            self._refuse_pair(names, first, second)
         for j in range(n):
             apart[j] = grads[j].data
         self._n_apart = n if step.part == NULL else 0
+        return 0
+
+    cdef int _refuse_pair(self, tuple names, Py_ssize_t first, Py_ssize_t second) except -1:
+        """Name two gradients by the numbers of their sets times the parameters, plus their own."""
+        raise ValueError(
+            f"{spell(self._label(names[second // self._n], second % self._n))} must not share "
+            f"memory with {spell(self._label(names[first // self._n], first % self._n))} "
+            "where gradients are written, got overlapping arrays"
+        )
+
+    cdef int _refuse_interwoven(self, list sets, tuple names, const Step *step) except -1:
+        """The same of arrays that lie in any way: what is written back would be lost in one."""
+        cdef Py_ssize_t j, k, first, second
+        given = {k * self._n + nth(step, j): gradient for k in range(len(sets))
+                 for j, gradient in enumerate(sets[k]) if gradient is not None}
+        self._others.clear(len(given))
+        for owner, gradient in given.items():
+            self._others.add(span_over(<ndarray>gradient, owner))
+        if self._others.sort(&first, &second):
+            return 0
+        for first, second in combinations(given, 2):    # one may lie between another's elements
+            if np.shares_memory(given[first], given[second]):
+                self._refuse_pair(names, first, second)
         return 0
 
     cdef void _add_other(self, const Stream *stream, Py_ssize_t i, Py_ssize_t owner) noexcept:
@@ -712,6 +733,8 @@ cdef class Table:
         cdef Py_ssize_t i, j, k
         cdef ndarray param
         cdef bint written = writes_gradients(step)
+        if step.writes_back:
+            self._refuse_interwoven(sets, names, step)
         self._to_return = []
         for k in range(len(sets)):
             gathered = list(sets[k])

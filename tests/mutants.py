@@ -329,6 +329,9 @@ MUTANTS = {
         ("cdef bint seen = self._n_apart == n and step.part == NULL",
          "cdef bint seen = self._n_apart > 0"),
         ("if buffer is None or buffer.dtype != gradient.dtype:", "if buffer is None:"),
+        ("        if step.writes_back:\n            self._refuse_interwoven", "        if False:\n"
+         "            self._refuse_interwoven"),
+        ("            if np.shares_memory(given[first], given[second]):", "            if True:"),
         ("if buffer is None or buffer.dtype", "if True or buffer.dtype"),
         ("                if written:\n", "                if False:\n"),
         ("self._bound_scattered = step.scattered or len(scalars) > 0",

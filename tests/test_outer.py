@@ -126,6 +126,22 @@ def test_replicas_may_lie_otherwise_and_be_read_only(rng):
     assert same_bits(replica.T, x)
 
 
+def test_replicas_that_lie_otherwise_may_not_overlap_where_they_are_written():
+    memory, x = np.arange(48, dtype=np.float32), np.zeros((4, 3), np.float32)
+    opt = optcore.SGD(x, lr=1.0)
+    one, two = memory[:12].reshape(3, 4).T, memory[4:16].reshape(3, 4).T
+    for replicas in ([one, two], [one, memory[4:16].reshape(4, 3)], [one, one[::-1]]):
+        before = everything(opt, x, memory)
+        with pytest.raises(ValueError, match=r"replica_params\[1\] must not share memory with "
+                           r"replica_params\[0\] where gradients are written"):
+            opt.outer_step(replicas, write_back=True)
+        assert everything(opt, x, memory) == before
+        opt.outer_step(replicas)
+    woven = np.lib.stride_tricks.as_strided(memory, (2, 4, 3), (4, 24, 8))
+    opt.outer_step(list(woven), write_back=True)        # between each other's elements
+    assert all(same_bits(np.ascontiguousarray(replica), x) for replica in woven)
+
+
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda opt, x, r: opt.outer_step(r), TypeError, "replica_params must be a list or tuple"),
     (lambda opt, x, r: opt.outer_step([]), ValueError, "at least one entry, got none"),
