@@ -8,7 +8,8 @@ Options come in three places. What is neutral for free (scale, maximize, decoupl
 dampening) is always in the rule's loop; coupled decay has a loop of its own, for no value of
 λ leaves every bit as it was, and so has flushing; the rest (several gradients, clipping by value,
 averaging, zeroing) are stages around the rule's loop, run block by block while the block is in
-L1. So is the opening of arrays that are stored in another type than they are stepped in.
+L1. So is the opening of arrays that are stored in another type than they are stepped in. The
+replicas of an outer step, or the last few of them, are added in the rule's loop itself.
 """
 from libc.float cimport DBL_MIN, FLT_MIN
 from libc.math cimport INFINITY, NAN, isfinite
@@ -62,6 +63,13 @@ cdef enum:
     LANES = 16          # of the norm: one AVX-512 load of float32
 
 
+cdef struct Several:
+    # AT_ONCE gradient arrays, stored as the arithmetic type, and what each is multiplied by
+    const void *grads[AT_ONCE]
+    double weights[AT_ONCE]
+    double share
+
+
 # The rule's loop
 
 cdef inline inlined step_element(
@@ -85,6 +93,7 @@ cdef inline inlined rule_loop(
     const Variant variant,
     const bint decay,
     const bint flushes,
+    const bint outer,
     real *restrict x,
     const real *restrict d,
     real *restrict u,
@@ -93,19 +102,33 @@ cdef inline inlined rule_loop(
     Py_ssize_t n,
     real scale,
     const Scalars *s,
+    const Several *last,
 ) noexcept nogil:
-    cdef real xi
+    """`outer`: d is the sum of an outer step's replicas but for the last, which this adds."""
+    cdef real xi, di
     cdef real[MOST_STATES] states
+    cdef const real *restrict g0 = <const real *>last.grads[0] if outer else NULL
+    cdef const real *restrict g1 = <const real *>last.grads[1] if outer else NULL
+    cdef const real *restrict g2 = <const real *>last.grads[2] if outer else NULL
+    cdef const real *restrict g3 = <const real *>last.grads[3] if outer else NULL
+    cdef real w0 = <real>last.weights[0] if outer else 0
+    cdef real w1 = <real>last.weights[1] if outer else 0
+    cdef real w2 = <real>last.weights[2] if outer else 0
+    cdef real w3 = <real>last.weights[3] if outer else 0
+    cdef real share = <real>last.share if outer else 0
     cdef Py_ssize_t i
     for i in range(n):
         xi = x[i]
+        di = d[i]
+        if outer:
+            di = xi - share * (di + w0 * g0[i] + w1 * g1[i] + w2 * g2[i] + w3 * g3[i])
         if RULE_ROWS[rule].n_states > 0:
             states[0] = u[i]
         if RULE_ROWS[rule].n_states > 1:
             states[1] = v[i]
         if RULE_ROWS[rule].n_states > 2:
             states[2] = w[i]
-        step_element(rule, variant, decay, flushes, &xi, d[i], states, scale, s)
+        step_element(rule, variant, decay, flushes, &xi, di, states, scale, s)
         if RULE_ROWS[rule].n_states > 0:
             u[i] = states[0]
         if RULE_ROWS[rule].n_states > 1:
@@ -118,6 +141,7 @@ cdef inline inlined rule_loop(
 cdef inline inlined run_decay(
     const Rule rule, const Variant variant, const bint flushes, real *x, const real *d,
     real **states, Py_ssize_t at, Py_ssize_t n, real scale, const Scalars *s,
+    const Several *last,
 ) noexcept nogil:
     """Run over n elements of x and d, and those of the rule's states from `at` on."""
     cdef real *u = NULL
@@ -129,57 +153,59 @@ cdef inline inlined run_decay(
         v = states[1] + at
     if RULE_ROWS[rule].n_states > 2:
         w = states[2] + at
-    if s.weight_decay != 0:
-        rule_loop(rule, variant, True, flushes, x, d, u, v, w, n, scale, s)
+    if not flushes and last != NULL:
+        rule_loop(rule, variant, False, False, True, x, d, u, v, w, n, scale, s, last)
+    elif s.weight_decay != 0:
+        rule_loop(rule, variant, True, flushes, False, x, d, u, v, w, n, scale, s, NULL)
     else:
-        rule_loop(rule, variant, False, flushes, x, d, u, v, w, n, scale, s)
+        rule_loop(rule, variant, False, flushes, False, x, d, u, v, w, n, scale, s, NULL)
 
 
 cdef inline inlined run_flushing(
     const Rule rule, const Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
-    Py_ssize_t n, real scale, const Scalars *s,
+    Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
     if RULE_ROWS[rule].n_states > 0 and s.flushes:
-        run_decay(rule, variant, True, x, d, states, at, n, scale, s)
+        run_decay(rule, variant, True, x, d, states, at, n, scale, s, last)
     else:
-        run_decay(rule, variant, False, x, d, states, at, n, scale, s)
+        run_decay(rule, variant, False, x, d, states, at, n, scale, s, last)
 
 
 cdef inline inlined run_variant(
     const Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
-    Py_ssize_t n, real scale, const Scalars *s,
+    Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
     if rule >= N_RULES:
         return
     if has_variant(rule, LR_IN_VELOCITY) and variant == LR_IN_VELOCITY:
-        run_flushing(rule, LR_IN_VELOCITY, x, d, states, at, n, scale, s)
+        run_flushing(rule, LR_IN_VELOCITY, x, d, states, at, n, scale, s, last)
     elif has_variant(rule, FIRST) and variant == FIRST:
-        run_flushing(rule, FIRST, x, d, states, at, n, scale, s)
+        run_flushing(rule, FIRST, x, d, states, at, n, scale, s, last)
     else:
-        run_flushing(rule, PLAIN, x, d, states, at, n, scale, s)
+        run_flushing(rule, PLAIN, x, d, states, at, n, scale, s, last)
 
 
 cdef inline inlined run_rule(
     Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
-    Py_ssize_t n, real scale, const Scalars *s,
+    Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
     """Turn the rule's number into a constant; numbers that no rule has compile to nothing."""
     if rule == 0:
-        run_variant(0, variant, x, d, states, at, n, scale, s)
+        run_variant(0, variant, x, d, states, at, n, scale, s, last)
     elif rule == 1:
-        run_variant(1, variant, x, d, states, at, n, scale, s)
+        run_variant(1, variant, x, d, states, at, n, scale, s, last)
     elif rule == 2:
-        run_variant(2, variant, x, d, states, at, n, scale, s)
+        run_variant(2, variant, x, d, states, at, n, scale, s, last)
     elif rule == 3:
-        run_variant(3, variant, x, d, states, at, n, scale, s)
+        run_variant(3, variant, x, d, states, at, n, scale, s, last)
     elif rule == 4:
-        run_variant(4, variant, x, d, states, at, n, scale, s)
+        run_variant(4, variant, x, d, states, at, n, scale, s, last)
     elif rule == 5:
-        run_variant(5, variant, x, d, states, at, n, scale, s)
+        run_variant(5, variant, x, d, states, at, n, scale, s, last)
     elif rule == 6:
-        run_variant(6, variant, x, d, states, at, n, scale, s)
+        run_variant(6, variant, x, d, states, at, n, scale, s, last)
     elif rule == 7:
-        run_variant(7, variant, x, d, states, at, n, scale, s)
+        run_variant(7, variant, x, d, states, at, n, scale, s, last)
 
 
 # The same on bfloat16 where it lies, for what is stepped most: the plain rule of one gradient, what
@@ -328,44 +354,64 @@ cdef inline inlined step_packed(const Tensor *t, Py_ssize_t begin, Py_ssize_t en
 
 # The stages around it, each over at most BLOCK elements
 
-cdef inline inlined add_several(
-    real *restrict d, const real *restrict g0, const real *restrict g1, const real *restrict g2,
-    const real *restrict g3, const real *w, Py_ssize_t n,
+cdef inline inlined open_several(
+    Several *several, const Tensor *t, int k, Py_ssize_t begin, Py_ssize_t n,
+    real (*scratch)[BLOCK], real *nothing, const Converters c,
 ) noexcept nogil:
-    """Add four arrays, each times its weight, from left to right."""
-    cdef real w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3]
+    """Open the gradients from k on, as many of AT_ONCE as there are.
+
+    Those that lack are -0, adding which leaves every bit as it was.
+    """
+    cdef real *g
+    cdef int j
+    for j in range(AT_ONCE):
+        g = nothing
+        several.weights[j] = 1
+        if k + j < t.n_grads:
+            opened(&g, &t.grads[k + j], begin, n, scratch[j], False, c)
+            if t.weights != NULL:
+                several.weights[j] = t.weights[k + j]
+        several.grads[j] = g
+
+
+cdef inline inlined add_several(
+    real *restrict d, const Several *several, const bint first, Py_ssize_t n
+) noexcept nogil:
+    """Add them to d from left to right, each times its weight; `first`: d holds nothing yet."""
+    cdef const real *restrict g0 = <const real *>several.grads[0]
+    cdef const real *restrict g1 = <const real *>several.grads[1]
+    cdef const real *restrict g2 = <const real *>several.grads[2]
+    cdef const real *restrict g3 = <const real *>several.grads[3]
+    cdef real w0 = <real>several.weights[0], w1 = <real>several.weights[1]
+    cdef real w2 = <real>several.weights[2], w3 = <real>several.weights[3]
+    cdef real sum
     cdef Py_ssize_t i
     for i in range(n):
-        d[i] = d[i] + w0 * g0[i] + w1 * g1[i] + w2 * g2[i] + w3 * g3[i]
+        sum = w0 * g0[i] if first else d[i] + w0 * g0[i]
+        d[i] = sum + w1 * g1[i] + w2 * g2[i] + w3 * g3[i]
 
 
 cdef inline inlined add_gradients(
-    real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, const Converters c
+    real *restrict d, const Tensor *t, int end, Py_ssize_t begin, Py_ssize_t n, real *nothing,
+    const Converters c,
 ) noexcept nogil:
-    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + …, in the arithmetic type; w is 1 without weights.
-
-    -0 plus anything is that, to the last bit: it stands for d before the first and for those that
-    lack to the last four.
-    """
-    cdef real[AT_ONCE][SHORT_BLOCK] scratch
-    cdef real[SHORT_BLOCK] nothing
-    cdef real *g[AT_ONCE]
-    cdef real[AT_ONCE] weights
-    cdef Py_ssize_t i
-    cdef int j, k = 0
-    for i in range(SHORT_BLOCK):
-        nothing[i] = -0.0
-    for i in range(n):
-        d[i] = -0.0
-    while k < t.n_grads:
-        for j in range(AT_ONCE):
-            g[j], weights[j] = nothing, 1
-            if k + j < t.n_grads:
-                opened(&g[j], &t.grads[k + j], begin, n, scratch[j], False, c)
-                if t.weights != NULL:
-                    weights[j] = <real>t.weights[k + j]
-        add_several(d, g[0], g[1], g[2], g[3], weights, n)
+    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before `end`, a multiple of AT_ONCE or the last;
+    w is 1 without weights."""
+    cdef real[AT_ONCE][BLOCK] scratch
+    cdef Several several
+    cdef int k = AT_ONCE
+    open_several(&several, t, 0, begin, n, scratch, nothing, c)
+    add_several(d, &several, True, n)
+    while k < end:
+        open_several(&several, t, k, begin, n, scratch, nothing, c)
+        add_several(d, &several, False, n)
         k += AT_ONCE
+
+
+cdef inline inlined fill_nothing(real *nothing) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(BLOCK):
+        nothing[i] = -0.0
 
 
 cdef inline inlined less_mean(
@@ -378,18 +424,18 @@ cdef inline inlined less_mean(
 
 cdef inline inlined form_direction(
     real *restrict d, const Tensor *t, const real *restrict x, Py_ssize_t begin, Py_ssize_t n,
-    const Converters c,
+    real *nothing, const Converters c,
 ) noexcept nogil:
     """What takes the gradient's place: the sum, or of an outer step d = x - share * sum."""
     cdef real[SHORT_BLOCK] scratch
     cdef real *sums = scratch
     if not t.outer:
-        add_gradients(d, t, begin, n, c)
+        add_gradients(d, t, t.n_grads, begin, n, nothing, c)
         return
     if t.n_grads == 1:
         opened(&sums, t.grads, begin, n, scratch, False, c)
     else:
-        add_gradients(scratch, t, begin, n, c)
+        add_gradients(scratch, t, t.n_grads, begin, n, nothing, c)
     less_mean(d, x, sums, <real>t.share, n)
 
 
@@ -477,8 +523,20 @@ cdef inline inlined step_blocks(
     cdef Py_ssize_t block = end - begin
     cdef Py_ssize_t n = 0
     cdef bint trailed = t.ema != NULL or t.zero_grad
+    # Whether the rule's own loop adds the last replicas; there is one for the commonest options
+    cdef bint fuses = is_open and t.outer and not clips and s.weight_decay == 0
+    cdef int n_before = (t.n_grads - 1) // AT_ONCE * AT_ONCE
+    cdef real nothing[BLOCK]
+    cdef real replicas[AT_ONCE][BLOCK]
+    cdef Several last
     cdef int k
-    if adds:                                    # whole runs of noise take several of them
+    fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
+    if adds:
+        fill_nothing(nothing)
+        last.share = t.share
+    if fuses and n_before == 0:
+        block = BLOCK
+    elif adds:                                  # whole runs of noise take several of them
         block = SHORT_BLOCK
     elif clips or trailed or not is_open:
         block = BLOCK
@@ -490,8 +548,14 @@ cdef inline inlined step_blocks(
         n = min(n, end - begin)
         opened(&x, &t.param, begin, n, scratch_x, is_open, c)
         d = scratch_d
-        if adds:
-            form_direction(d, t, x, begin, n, c)
+        if fuses:
+            if n_before > 0:
+                add_gradients(d, t, n_before, begin, n, nothing, c)
+            else:
+                d = nothing
+            open_several(&last, t, n_before, begin, n, replicas, nothing, c)
+        elif adds:
+            form_direction(d, t, x, begin, n, nothing, c)
         elif clips:
             fetch(d, t.grads, begin, n, c)
         else:
@@ -504,7 +568,8 @@ cdef inline inlined step_blocks(
             elif t.states[k].data:
                 opened(&states[k], &t.states[k], begin, n, scratch[k], False, c)
         run_rule(
-            t.rule, t.variant, x, d, states, begin if is_open else 0, n, scale, s
+            t.rule, t.variant, x, d, states, begin if is_open else 0, n, scale, s,
+            &last if is_open and fuses else NULL,
         )
         if trailed:
             if t.ema:
@@ -573,11 +638,12 @@ cdef inline Py_ssize_t count_nonfinite(
 ) noexcept nogil:
     """Count the non-finite sums of gradients; runs only where a sum of squares was not finite."""
     cdef real d, scratch
+    cdef real nothing = -0.0
     cdef real *x
     cdef Py_ssize_t i, count = 0
     for i in range(begin, end):
         opened(&x, &t.param, i, 1, &scratch, False, c)
-        form_direction(&d, t, x, i, 1, c)
+        form_direction(&d, t, x, i, 1, &nothing, c)
         count += not isfinite(<double>d)
     return count
 
@@ -589,6 +655,7 @@ cdef inline inlined squares(
     cdef double lanes[LANES]
     cdef real[BLOCK] scratch
     cdef real[BLOCK] scratch_x
+    cdef real[BLOCK] nothing
     cdef real *d
     cdef real *x
     cdef Py_ssize_t block = CHUNK
@@ -596,6 +663,7 @@ cdef inline inlined squares(
     cdef Partial *partial
     if t.n_grads > 1 or t.outer:
         block = SHORT_BLOCK
+        fill_nothing(nothing)
     elif not holds(t.grads[0].storage, arithmetic):
         block = BLOCK
     while begin < end:
@@ -608,7 +676,7 @@ cdef inline inlined squares(
             if t.n_grads > 1 or t.outer:
                 d = scratch
                 opened(&x, &t.param, i, n, scratch_x, False, c)
-                form_direction(d, t, x, i, n, c)
+                form_direction(d, t, x, i, n, nothing, c)
             else:
                 opened(&d, t.grads, i, n, scratch, False, c)
             add_squares(lanes, d, n, t.unit)
