@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 MODULES = [
     "runtime", "sweep", "parallel", "options", "kernels", "arrays", "memory", "norm", "structure",
-    "groups", "table", "functional", "plan", "pieces",
+    "groups", "rows", "table", "functional", "plan", "pieces",
 ]
 
 # Takes back -ffast-math and each of its parts, on whose behalf GCC also links a start-up routine

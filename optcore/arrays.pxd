@@ -117,6 +117,7 @@ cdef inline bint fits(ndarray a, ndarray param, bint written) noexcept:
 
 
 cdef str spell(Label label)
+cdef bint is_tensor(object source)
 cdef ndarray as_ndarray(object array, bint written, Label label)
 cdef ndarray check_param(object array, Label label)
 cdef int check_but_layout(

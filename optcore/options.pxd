@@ -29,6 +29,10 @@ cdef enum VelocityType:
     VELOCITY_FLOAT32
     VELOCITY_BFLOAT16
 
+cdef enum Lazy:
+    EXACT_ROWS
+    TOUCHED_ROWS
+
 # Every option there is, those that a kernel takes first.
 cdef struct Options:
     optcore_options kernel
@@ -41,6 +45,7 @@ cdef struct Options:
     int master
     int rounding
     int velocity_dtype
+    int lazy
     uint64_t seed
 
 cdef struct Row:            # of the table, as C reads it

@@ -28,6 +28,7 @@ CHOICES = {
     "master": ("auto", None, "split", "float32"),
     "rounding": ("stochastic", "nearest"),
     "velocity_dtype": (None, "float32", "bfloat16"),
+    "lazy": ("exact", "rows"),
 }
 
 # What an option may be refused with, and how that is said
@@ -83,6 +84,7 @@ OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("master", CHOICE, "auto", GROUP, 0, <char *>&sample.master - start),
     ("rounding", CHOICE, "stochastic", GROUP, 0, <char *>&sample.rounding - start),
     ("velocity_dtype", CHOICE, None, GROUP, 0, <char *>&sample.velocity_dtype - start),
+    ("lazy", CHOICE, "exact", GROUP, 0, <char *>&sample.lazy - start),
     ("seed", INTEGER, 0, OPTIMIZER, 0, <char *>&sample.seed - start),
 )]}
 

@@ -28,10 +28,8 @@ cdef class Piece:
     cdef int _book(self) except -1
 
 cdef class Stepping(Piece):
-    cdef dict _indices
     cdef Buffer _part
     cdef int _take(self, list indices, list grads) except -1
-    cdef Py_ssize_t _index_of(self, object key) except -1
 
 cdef class Accumulating(Piece):
     cdef Stream _nothing

@@ -204,28 +204,6 @@ cdef class Stepping(Piece):
             pairs = [(key, grad)]
         self._plan._exclusively(step_some, self, pairs)
 
-    cdef Py_ssize_t _index_of(self, object key) except -1:
-        """The parameter that a name or a number means; names come first."""
-        cdef Plan plan = self._plan
-        if self._indices is None:
-            self._indices = {name: i for i, name in enumerate(plan._keys or ()) if name is not None}
-        try:
-            if key in self._indices:
-                return self._indices[key]
-        except TypeError:
-            raise TypeError(
-                f"key must be a parameter's name or index, got {type(key).__name__}"
-            ) from None
-        if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-            if not 0 <= key < plan._n:
-                raise IndexError(f"key must be in [0, {plan._n}), the parameters' range, got {key}")
-            return key
-        raise KeyError(
-            f"key must be a parameter's index in [0, {plan._n})"
-            + (f" or name, one of {abridged(self._indices)}" if self._indices else "")
-            + f", got {key!r}"
-        )
-
     cdef int _take(self, list indices, list grads) except -1:
         """Step these parameters."""
         cdef Plan plan = self._plan
@@ -238,10 +216,18 @@ cdef class Stepping(Piece):
         for j in range(n):
             (<Py_ssize_t *>self._part.at)[j] = indices[j]
         plan._ready(sets, GRADS, &step)
+        if step.has_rows:
+            plan._lay_rows(sets, GRADS, &step)
         # Nothing from here on can fail
-        for j in range(n):
-            tensors[j] = plan._tensors[step.part[j]]
-        sweep_all(STEP, tensors, n, step.n_elements)
+        plan._catch_up_stepped(&step)
+        if step.has_rows:
+            plan._by_row.key_noise(plan._tensors)
+            sweep_all(STEP, plan._by_row.at, plan._by_row.n, step.n_elements)
+            plan._by_row.stamp(plan._tensors)
+        else:
+            for j in range(n):
+                tensors[j] = plan._tensors[step.part[j]]
+            sweep_all(STEP, tensors, n, step.n_elements)
         if plan._to_return is not None:
             plan._return_scattered()
         for j in range(n):
@@ -272,7 +258,7 @@ cdef object step_some(Plan plan, object piece, object pairs, object _):
             raise TypeError("grad must be given to step() where none were bound")
         plan._look_at_bound()
     for key, grad in pairs:
-        i = self._index_of(key)
+        i = plan._index_of(key)
         if grad is BOUND:
             grad = plan._bound[i]
         if self._taken[i] or i in grads:
@@ -384,7 +370,9 @@ cdef class Accumulating(Piece):
         plan._look_again()
         plan._ready(sets, GRADS, &step)
         plan._check_some(&step, "grads")
+        plan._refuse_rows(&step, "accumulating()")
         # Nothing from here on can fail
+        plan._catch_up_stepped(&step)
         for i in range(plan._n):
             t = &plan._tensors[i]
             s[i] = plan._groups.at[plan._slots[i].group].scalars

@@ -20,6 +20,8 @@ cdef class Plan(Table):
     cdef Py_ssize_t _step_count
     cdef Py_ssize_t _skipped
     cdef object _param_groups
+    cdef dict _indices          # of the names in _keys
+    cdef tuple _indexed
     # Where others hold the rest of the gradients: takes this plan's sum of squares and the
     # indices of its parameters that are not finite, returns everyone's.
     cdef public object _join_squares
@@ -46,4 +48,5 @@ cdef class Plan(Table):
     cdef const double *_weights_of(self, object weights, Py_ssize_t n) except? NULL
     cdef double _current_ema_decay(self) except -1
     cdef void _key_noise(self) noexcept
+    cdef Py_ssize_t _index_of(self, object key) except -1
     cdef bint _step(self, Step *step) except -1

@@ -29,6 +29,7 @@ from optcore.options cimport (
     take_row,
 )
 from optcore.parallel cimport sweep_all
+from optcore.rows cimport History, catch_up_rows, rows_in
 from optcore.rules cimport RULE_ROWS, SGD, Scalars
 from optcore.runtime cimport forks
 from optcore.storage cimport Stream
@@ -42,6 +43,7 @@ import numpy as np
 
 from optcore.arrays import check_saved
 from optcore.options import OPTIMIZER_OPTIONS
+from optcore.structure import abridged
 
 import_array()
 
@@ -320,6 +322,8 @@ cdef class Plan(Table):
             self._start_states()
             self._norm.prepare(self._tensors, self._n)
             self._take(sets, names, step)       # again, for allocating may run a finalizer
+        if step.has_rows:
+            self._lay_rows(sets, names, step)
         return sets
 
     cdef const double *_weights_of(self, object weights, Py_ssize_t n) except? NULL:
@@ -368,17 +372,22 @@ cdef class Plan(Table):
 
     cdef bint _step(self, Step *step) except -1:
         """Measure, sweep, keep the books; whether the step was applied."""
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, n = self._n
+        cdef Tensor *tensors = self._tensors
         cdef double norm, factor
         cdef bint clips = self._own.max_norm < INFINITY
         cdef bint skips = False
         cdef object grad_norm = None
         cdef list nonfinite = None
+        if step.has_rows:
+            tensors, n = self._by_row.at, self._by_row.n
         if measures(&self._own):
             norm = step.scale * self._norm.measure(
-                self._tensors, self._n, step.n_elements, self._join_squares
+                tensors, n, step.n_elements, self._join_squares
             )
             nonfinite = self._norm.nonfinite
+            if step.has_rows:
+                nonfinite = list(dict.fromkeys([self._by_row.owner(i) for i in nonfinite]))
             skips = self._own.skip_nonfinite and len(nonfinite) > 0
             if clips or self._own.track_grad_norm:
                 grad_norm = norm
@@ -388,7 +397,12 @@ cdef class Plan(Table):
         if not skips:
             self._groups.form_scalars(step.scale, step.ema_decay)
             self._key_noise()
-            sweep_all(STEP, self._tensors, self._n, step.n_elements)
+            self._catch_up_stepped(step)
+            if step.has_rows:
+                self._by_row.key_noise(self._tensors)
+            sweep_all(STEP, tensors, n, step.n_elements)
+            if step.has_rows:
+                self._by_row.stamp(self._tensors)
             if step.starts:
                 with critical_section(self):
                     for i in range(self._n):
@@ -584,6 +598,54 @@ cdef class Plan(Table):
         """
         self._exclusively(zero_bound)
 
+    def catch_up(self, key=None, rows=None):
+        """Bring rows up to date that steps have not touched, before they are read.
+
+        With ``lazy="exact"`` the rows of a parameter that `Rows` step are brought up to date when
+        they are next touched. Until then they are as they were; this makes them what a gradient
+        of zero in every step since would have made them. State dictionaries, checkpoints and
+        copies do it by themselves, and so does a step with a whole gradient.
+
+        Parameters
+        ----------
+        key : name or index, optional
+            Which parameter: its name where `params` have names, or its place among all. Without
+            it, all.
+        rows : array of integers of any shape, or sequence, optional
+            Which of its rows; without it, all. Numbers in [0, len(param)), in any order, several
+            times or not.
+
+        Raises
+        ------
+        KeyError, IndexError
+            Where there is no such parameter or row; nothing has changed then.
+        TypeError, ValueError, RuntimeError
+            As `step`.
+        """
+        self._exclusively(catch_up_some, key, rows)
+
+    cdef Py_ssize_t _index_of(self, object key) except -1:
+        """The parameter that a name or a number means; names come first."""
+        if self._indexed is not self._keys or self._indices is None:
+            self._indices = {name: i for i, name in enumerate(self._keys or ()) if name is not None}
+            self._indexed = self._keys
+        try:
+            if key in self._indices:
+                return self._indices[key]
+        except TypeError:
+            raise TypeError(
+                f"key must be a parameter's name or index, got {type(key).__name__}"
+            ) from None
+        if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+            if not 0 <= key < self._n:
+                raise IndexError(f"key must be in [0, {self._n}), the parameters' range, got {key}")
+            return key
+        raise KeyError(
+            f"key must be a parameter's index in [0, {self._n})"
+            + (f" or name, one of {abridged(self._indices)}" if self._indices else "")
+            + f", got {key!r}"
+        )
+
     # State
 
     @property
@@ -741,6 +803,7 @@ cdef object add_up(Plan self, object grads, object _, object __):
     step = step_over(False)
     self._look_again()
     self._ready(sets, GRADS, &step)
+    self._refuse_rows(&step, "accumulate()")
     self._take(None, GRADS, &step)
     self._take(sets, GRADS, &step)
     self._others.clear(self._n)
@@ -794,6 +857,31 @@ cdef object zero_bound(Plan self, object _, object __, object ___):
         self._return_scattered()
 
 
+cdef object catch_up_some(Plan self, object key, object rows, object _):
+    cdef Py_ssize_t i, n_rows
+    cdef History history
+    if key is None and rows is not None:
+        raise TypeError("key must say whose rows they are, got None")
+    i = -1 if key is None else self._index_of(key)
+    if rows is not None:
+        if self._params[i].ndim == 0:
+            raise ValueError(
+                f"rows must be None for {spell(self._label(b'params', i))}, which has none"
+            )
+        rows = rows_in(rows, len(self._params[i]))
+    self._look_again()
+    self._check_places()
+    if i < 0:
+        for i in range(self._n):
+            self._catch_up(i)
+        return
+    history = self._histories[i]
+    if rows is None:
+        self._catch_up(i)
+    elif history is not None and history.clock > 0:
+        catch_up_rows(&self._tensors[i], history, rows)
+
+
 cdef object set_option(Plan self, object name, object value, object _):
     self._adopt(self.param_groups, {name: value})
 
@@ -830,6 +918,8 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     self._look_again()
     self._read_groups()
     self._check_places()
+    for i in range(n):
+        self._catch_up(i)
     grown = Plan.__new__(Plan)
     grown._own, grown._ema_schedule = self._own, self._ema_schedule
     grown._norm = Norm()
@@ -892,6 +982,8 @@ cdef object lend_masters(Plan self, object masters, object _, object __):
 
 cdef object copy_state(Plan self, object include_params, object _, object __):
     cdef Py_ssize_t i
+    if self._any_history:
+        catch_up_some(self, None, None, None)
     if include_params:
         self._look_again()
         for i in range(self._n):        # one that was made read-only may be saved
@@ -946,6 +1038,8 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
     self._adopt(groups, {name: value for name, value in options.items()
                          if name != "ema_decay" or value is not None})
     # Nothing from here on can fail
+    for i in range(self._n):
+        self._catch_up(i)       # what stays as it is, and what is written over
     for k, arrays in new.items():
         self._install_state(k, arrays)
     for i, entry in enumerate(entries):

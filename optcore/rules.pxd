@@ -118,6 +118,11 @@ cdef inline inlined apply_rule(
         nesterov(variant, x, d, &states[0], s)
 
 
+cdef inline bint is_linear(const Rule rule) noexcept nogil:
+    """Whether a step under a gradient of zero is linear in x and the rule's one state."""
+    return rule == SGD or rule == MOMENTUM or rule == NESTEROV
+
+
 cdef inline bint has_variant(const Rule rule, const Variant variant) noexcept nogil:
     """Whether a rule's equations differ in a variant; a rule not named here has none."""
     if variant == LR_IN_VELOCITY:

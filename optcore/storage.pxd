@@ -45,12 +45,27 @@ cdef inline Stream stream_at(void *data, Storage storage) noexcept nogil:
     return Stream(data, NULL, storage, False)
 
 
+cdef inline size_t itemsize_beside(Storage storage) noexcept nogil:
+    """Of what `rest` points at."""
+    return sizeof(uint16_t) if storage == SPLIT_BFLOAT16 else sizeof(float)
+
+
 cdef inline size_t itemsize_of(Storage storage) noexcept nogil:
     if storage == FLOAT64:
         return sizeof(double)
     if storage == FLOAT32:
         return sizeof(float)
     return sizeof(uint16_t)
+
+
+cdef inline Stream stream_from(const Stream *stream, Py_ssize_t first) noexcept nogil:
+    """The same array from one of its elements on."""
+    cdef Stream s = stream[0]
+    if s.data != NULL:
+        s.data = <char *>s.data + first * itemsize_of(s.storage)
+    if s.rest != NULL:
+        s.rest = <char *>s.rest + first * itemsize_beside(s.storage)
+    return s
 
 
 cdef inline Storage arithmetic_of(Storage storage) noexcept nogil:

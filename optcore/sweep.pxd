@@ -13,13 +13,19 @@ cdef enum Sweep:
     STEP         # gradient options, rule, average, zeroing: everything that writes
     SQUARES      # read-only: sum of squares and count of non-finite gradients
     ZERO         # gradients become zero, NaN included
+    CATCH_UP     # what `behind` says, and nothing else
     COPY         # the parameter becomes the gradient, rounded to the nearest
 
 cdef struct Partial:        # one CHUNK's share of the norm
     double squares
     Py_ssize_t nonfinite
 
-# One parameter and all that is stepped with it; every pointer checked at the border.
+# What steps under a gradient of zero, of which there may have been many, make of x and its velocity v
+cdef struct Linear:
+    double xx, xv               # x = xx * x + xv * v
+    double vx, vv               # v = vx * x + vv * v
+
+# One parameter, or a row of it, and all that is stepped with it; every pointer checked at the border.
 cdef struct Tensor:
     Stream param                    # INOUT
     const Stream *grads             # IN, or OUT where zeroed: n_grads of them, added in this order
@@ -28,6 +34,7 @@ cdef struct Tensor:
     Partial *partials               # OUT of SQUARES, one for each CHUNK
     const Scalars *scalars          # IN
     const double *weights           # IN: of the gradients, whose sum is 1; NULL: plainly added
+    const Linear *behind            # IN: what is applied before a step; NULL: nothing
     double unit                     # SQUARES: a power of two that multiplies gradients first
     double share                    # of `outer`: multiplies the sum of the parameters
     uint64_t key                    # of this step's noise, where `draws`
@@ -56,6 +63,7 @@ cdef inline Tensor one_tensor(
     t.partials = NULL
     t.scalars = scalars
     t.weights = NULL
+    t.behind = NULL
     t.unit = 1
     t.key = 0
     t.first = 0

@@ -594,6 +594,41 @@ cdef inline inlined step_blocks(
         n = block
 
 
+cdef inline inlined catch_up(
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
+) noexcept nogil:
+    """Apply `behind` to x[begin:end] and its velocity in float64, each rounded once."""
+    cdef real[BLOCK] scratch_x
+    cdef real[BLOCK] scratch_v
+    cdef real *x
+    cdef real *v = scratch_v
+    cdef Linear m = t.behind[0]
+    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
+    cdef bint moves = t.states[0].data != NULL
+    cdef double xi, vi
+    cdef Py_ssize_t i, n
+    while begin < end:
+        n = min(BLOCK, end - begin)
+        opened(&x, &t.param, begin, n, scratch_x, False, c)
+        if moves:
+            opened(&v, &t.states[0], begin, n, scratch_v, False, c)
+        for i in range(n):
+            xi = <double>x[i]
+            if moves:
+                vi = <double>v[i]
+                x[i] = <real>(m.xx * xi + m.xv * vi)
+                v[i] = <real>(m.vx * xi + m.vv * vi)
+            else:
+                x[i] = <real>(m.xx * xi)
+        if moves and t.scalars.flushes:
+            for i in range(n):
+                v[i] = 0 if -least < v[i] < least else v[i]
+        closed(x, &t.param, begin, n, NULL, 0, c)
+        if moves:
+            closed(v, &t.states[0], begin, n, NULL, 0, c)
+        begin += n
+
+
 cdef inline inlined step(
     const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
 ) noexcept nogil:
@@ -710,6 +745,8 @@ cdef inline inlined run(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic,
     const Converters c,
 ) noexcept nogil:
+    if t.behind != NULL and (what == STEP or what == CATCH_UP):
+        catch_up(t, begin, end, arithmetic, c)
     if what == STEP:
         step(t, begin, end, arithmetic, c)
     elif what == SQUARES:

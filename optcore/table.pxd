@@ -4,6 +4,7 @@ from numpy cimport ndarray
 from optcore.arrays cimport Label
 from optcore.groups cimport Groups
 from optcore.memory cimport Buffer, Span, Spans
+from optcore.rows cimport History, Rows, RowTensors
 from optcore.rules cimport Rule
 from optcore.storage cimport Storage, Stream
 from optcore.structure cimport Nest, Roots, Watch
@@ -15,6 +16,7 @@ cdef tuple GRADS                # how errors name gradients that come in one set
 cdef struct Slot:               # what the table alone knows of a tensor
     Py_ssize_t group
     bint first_step             # its states have not started
+    bint by_rows                # its gradient is Rows
     const void *clear           # the gradient last seen to overlap nothing that is written
     Stream bound                # its bound gradient; no data: none, or one that lies otherwise
 
@@ -30,6 +32,7 @@ cdef struct Step:               # of a plan; one that can no longer fail
     bint starts                 # a first step is among it
     bint lacks_states           # a rule has states that are not there yet
     bint scattered              # a gradient lies otherwise than its parameter
+    bint has_rows               # a gradient is Rows
     const double *weights       # of several gradients; NULL: none
     const Py_ssize_t *part      # the n_part parameters that gradients come for; NULL: all
     Py_ssize_t n_part
@@ -81,6 +84,9 @@ cdef class Table:
     cdef tuple _averages
     cdef tuple _rests           # of half parameters: low halves or float32 copies; else None
     cdef dict _buffers          # by set and parameter: where scattered gradients are put together
+    cdef list _histories        # of each parameter that was stepped by rows, else None
+    cdef bint _any_history
+    cdef RowTensors _by_row     # the tensors of a step that has Rows
     cdef list _to_return        # scattered gradients of this step and the buffers they become
 
     # Laying it
@@ -128,6 +134,14 @@ cdef class Table:
     cdef int _take_one(
         self, Py_ssize_t i, Py_ssize_t k, object gradient, tuple names, Step *step, Stream *stream
     ) except -1
+    cdef int _take_rows(
+        self, Py_ssize_t i, Py_ssize_t k, Rows rows, tuple names, Step *step, Stream *stream
+    ) except -1
+    cdef int _refuse_rows(self, const Step *step, str what) except -1
+    cdef int _lay_rows(self, list sets, tuple names, Step *step) except -1
+    cdef bint _skips_rows(self, Py_ssize_t i) noexcept
+    cdef void _catch_up(self, Py_ssize_t i) noexcept
+    cdef void _catch_up_stepped(self, const Step *step) noexcept
     cdef int _gather(self, list sets, tuple names, const Step *step) except -1
     cdef Py_ssize_t _scattered_one(self) except -1
     cdef int _return_scattered(self) except -1

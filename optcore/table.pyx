@@ -8,7 +8,15 @@ uses it.
 from cython cimport critical_section
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from numpy cimport PyArray_CopyInto, PyArray_DATA, PyArray_SIZE, import_array
+from numpy cimport (
+    PyArray_CopyInto,
+    PyArray_DATA,
+    PyArray_DIM,
+    PyArray_IS_C_CONTIGUOUS,
+    PyArray_NDIM,
+    PyArray_SIZE,
+    import_array,
+)
 
 from optcore.arrays cimport (
     as_ndarray,
@@ -23,6 +31,7 @@ from optcore.arrays cimport (
 )
 from optcore.memory cimport span_at, span_of, span_over, zeroed
 from optcore.options cimport (
+    EXACT_ROWS,
     FLOAT32_MASTER,
     MASTER_BY_DTYPE,
     SPLIT_MASTER,
@@ -30,7 +39,8 @@ from optcore.options cimport (
     VELOCITY_BFLOAT16,
     variant_of,
 )
-from optcore.rules cimport NESTEROV, N_RULES, RULE_ROWS
+from optcore.rows cimport as_gradient, catch_up_between, is_rows_of
+from optcore.rules cimport NESTEROV, N_RULES, RULE_ROWS, is_linear
 from optcore.parallel cimport sweep_all
 from optcore.storage cimport (
     BFLOAT16,
@@ -41,11 +51,12 @@ from optcore.storage cimport (
     FLOAT64,
     SPLIT_BFLOAT16,
     arithmetic_of,
+    is_rounded,
     itemsize_of,
     plain,
     stream_at,
 )
-from optcore.sweep cimport COPY, one_tensor, round_streams
+from optcore.sweep cimport CHUNK, COPY, one_tensor, round_streams
 
 from itertools import combinations
 
@@ -131,6 +142,8 @@ cdef class Table:
         self._tensors = <Tensor *>self._table.at
         self._slot_memory = zeroed(self._n, sizeof(Slot))
         self._slots = <Slot *>self._slot_memory.at
+        self._histories = [None] * self._n
+        self._by_row = RowTensors()
         self._streams = zeroed(self._n, sizeof(Stream))
         self._apart = Buffer()
         self._buffers = {}
@@ -408,7 +421,7 @@ cdef class Table:
             self._bound, self._bound_scattered = grown._bound, grown._bound_scattered
             self._on_loan, self._states = grown._on_loan, grown._states
             self._averages, self._rests = grown._averages, grown._rests
-            self._buffers = grown._buffers
+            self._buffers, self._histories = grown._buffers, grown._histories
         return 0
 
     @property
@@ -559,10 +572,12 @@ cdef class Table:
             views = None
             for j in range(self._n_in(step)):
                 gradient = <object>PyTuple_GET_ITEM(listed, j)
-                if type(gradient) is not ndarray and gradient is not None:
+                if type(gradient) is not ndarray and gradient is not None and (
+                    type(gradient) is not Rows
+                ):
                     if views is None:
                         views = list(listed)
-                    views[j] = as_ndarray(
+                    views[j] = as_gradient(
                         gradient, written,
                         self._label(<bytes>PyTuple_GET_ITEM(names, k), nth(step, j)),
                     )
@@ -589,7 +604,7 @@ cdef class Table:
         cdef Tensor *t
         cdef Rule rule
         cdef int n_states
-        step.scattered = False
+        step.scattered = step.has_rows = False
         self._streams.grow(n * n_sets, sizeof(Stream))
         grads = <Stream *>self._streams.at
         for j in range(n):
@@ -605,6 +620,7 @@ cdef class Table:
             t.grads = grads
             t.n_grads = <int>n_sets
             t.weights = weights
+            slot.by_rows = False
             if bound:
                 grads[0] = slot.bound
                 if slot.bound.data != NULL and not is_unmoved(
@@ -649,7 +665,9 @@ cdef class Table:
         cdef Span span
         cdef bint written = writes_gradients(step)
         stream[0] = stream_at(NULL, FLOAT32)
-        if gradient is not None:
+        if type(gradient) is Rows:
+            self._take_rows(i, k, <Rows>gradient, names, step, stream)
+        elif gradient is not None:
             a = <ndarray>gradient
             span = span_of(a, 0)
             if not fits(a, param, written):
@@ -671,6 +689,140 @@ cdef class Table:
                 "must both be None or neither"
             )
         return 0
+
+    cdef int _take_rows(
+        self, Py_ssize_t i, Py_ssize_t k, Rows rows, tuple names, Step *step, Stream *stream
+    ) except -1:
+        """Check all of Rows but the numbers in them."""
+        cdef ndarray param = <ndarray>PyTuple_GET_ITEM(self._params, i)
+        cdef Label label = self._label(names[k], i)
+        cdef Slot *slot = &self._slots[i]
+        if step.outer or writes_gradients(step):
+            raise TypeError(
+                f"{spell(label)} must be an array where "
+                + ("parameters are given" if step.outer else "gradients are zeroed or bound")
+                + ", got Rows"
+            )
+        if not PyArray_IS_C_CONTIGUOUS(param) or PyArray_NDIM(param) == 0:
+            raise ValueError(
+                f"{spell(label)} must be an array, got Rows: its parameter has no rows one after "
+                "another, which a C-contiguous array of one dimension or more has"
+            )
+        if not is_rows_of(rows, param):
+            wanted = (len(rows), *(<object>param).shape[1:])
+            if (<object>rows.values).shape != wanted:
+                raise ValueError(
+                    f"{spell(label)} must have values of shape {wanted}, got "
+                    f"{(<object>rows.values).shape}"
+                )
+            check_but_layout(rows.values[:0], (<object>param)[:0], False, label)
+            raise ValueError(f"{spell(label)}: its arrays were changed since Rows() took them")
+        for a in (rows.indices, rows.values):
+            owner = self._written.owner_over(span_of(<ndarray>a, 0))
+            if owner >= -1:
+                raise ValueError(
+                    f"{spell(label)} must not share memory with {spell(self._owner(owner))}, "
+                    "got overlapping arrays"
+                )
+        if not self._skips_rows(i):
+            rule = self._groups.at[slot.group].rule
+            reason = None
+            if self._averages is not None:
+                reason = "ema_decay=None: an average of what a row was between its steps is not kept"
+            elif is_rounded(self._tensors[i].param.storage) or (
+                self._velocity >= 0 and is_rounded(self._state_storage(i, self._velocity))
+            ):
+                reason = (
+                    "a master, and velocity_dtype other than bfloat16: what each step had rounded "
+                    "off cannot be known afterwards"
+                )
+            elif not is_linear(rule):
+                reason = "the rule sgd, momentum or nesterov: of no other can steps be multiplied"
+            if reason is not None:
+                raise ValueError(
+                    f"{spell(label)}: Rows with lazy='exact' needs {reason}; lazy='rows' leaves "
+                    "rows without a gradient where they are"
+                )
+        stream[0] = stream_of(rows.values)
+        if stream.data == NULL or len(rows) == 0:
+            stream.data = self._tensors[i].param.data       # for there is a gradient, if an empty one
+        slot.by_rows = step.has_rows = True
+        return 0
+
+    cdef bint _skips_rows(self, Py_ssize_t i) noexcept:
+        """Whether rows without a gradient stay where they are."""
+        return self._groups.at[self._slots[i].group].options.lazy != EXACT_ROWS
+
+    cdef int _refuse_rows(self, const Step *step, str what) except -1:
+        if step.has_rows:
+            raise TypeError(f"{what} takes whole arrays, got Rows")
+        return 0
+
+    cdef int _lay_rows(self, list sets, tuple names, Step *step) except -1:
+        """Make the tensors of a step that has Rows: of each row one, of other parameters as is."""
+        cdef Py_ssize_t i, j, k, n_rows, n, n_positions = 0, n_partials = 0
+        cdef Tensor *t
+        cdef History history
+        cdef list lengths = [0] * self._n_in(step)
+        for j in range(self._n_in(step)):
+            i = nth(step, j)
+            for k in range(len(sets)):
+                gradient = (<tuple>sets[k])[j]
+                if (type(gradient) is Rows) != (type((<tuple>sets[0])[j]) is Rows):
+                    raise TypeError(
+                        f"{spell(self._label(names[k], i))} and its counterpart in "
+                        f"{names[0].decode()} must both be Rows or neither"
+                    )
+                if type(gradient) is Rows:
+                    lengths[j] += len(<Rows>gradient)
+            if lengths[j] > 0:
+                n = self._tensors[i].size // PyArray_DIM(<ndarray>self._params[i], 0) if (
+                    PyArray_DIM(<ndarray>self._params[i], 0) > 0) else 0
+                n_positions += <Py_ssize_t>lengths[j]
+                n_partials += <Py_ssize_t>lengths[j] * ((n + CHUNK - 1) // CHUNK)
+        self._by_row.clear(self._n_in(step), n_positions, n_partials)
+        for j in range(self._n_in(step)):
+            i = nth(step, j)
+            t = &self._tensors[i]
+            if not self._slots[i].by_rows:
+                self._by_row.add_whole(t, i)
+                continue
+            n_rows = PyArray_DIM(<ndarray>self._params[i], 0)
+            history = self._histories[i]
+            if not self._skips_rows(i):
+                if history is None:
+                    history = self._histories[i] = History(n_rows)
+                    self._any_history = True
+                history.prepare()
+            self._by_row.begin_rows(lengths[j])
+            for k in range(len(sets)):
+                self._by_row.take_rows(
+                    <Rows>(<tuple>sets[k])[j], n_rows, self._label(names[k], i)
+                )
+            self._by_row.end_rows(
+                t, i, sets, j, n_rows, None if self._skips_rows(i) else history
+            )
+        step.n_elements = self._by_row.n_elements
+        return 0
+
+    cdef void _catch_up(self, Py_ssize_t i) noexcept:
+        """Bring all rows of a parameter up to date."""
+        cdef History history = self._histories[i]
+        if history is not None and history.clock > 0:
+            catch_up_between(&self._tensors[i], history, 0, history.n_rows)
+            history.forget()
+
+    cdef void _catch_up_stepped(self, const Step *step) noexcept:
+        """Bring those up to date that a step is over as a whole, or in the other way."""
+        cdef Py_ssize_t i, j
+        if not self._any_history:
+            return
+        for j in range(self._n_in(step)):
+            i = nth(step, j)
+            if self._tensors[i].grads[0].data != NULL and (
+                not self._slots[i].by_rows or self._skips_rows(i)
+            ):
+                self._catch_up(i)
 
     cdef int _refuse_shared(self, tuple names, const Step *step) except -1:
         """Refuse gradients that share memory where they are written."""

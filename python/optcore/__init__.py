@@ -7,6 +7,7 @@ from optcore._version import __version__ as __version__
 from optcore.arrays import bfloat16 as bfloat16
 from optcore.checkpoint import CheckpointError as CheckpointError
 from optcore.functional import *  # noqa: F403 - one function for each rule, and nothing else
+from optcore.rows import Rows as Rows
 from optcore.runtime import get_num_threads as get_num_threads
 from optcore.runtime import set_num_threads as set_num_threads
 from optcore.sgd import SGD as SGD
@@ -25,6 +26,7 @@ if not TYPE_CHECKING:       # for a checker, the imports say it
         options,
         parallel,
         plan,
+        rows,
         runtime,
         structure,
         sweep,

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from optcore.sgd import SGD
 
 # 1 knew no schedule but lr's, which it saved as None; in 2 a group names those it has; 3 has the
-# options that 2 did not know, 4 those of half types and their masters.
-STATE_VERSION = 4
+# options that 2 did not know, 4 those of half types and their masters, 5 that of rows.
+STATE_VERSION = 5
 NEW_SINCE = {
     "dampen_first": 3, "flush_subnormals": 3, "master": 4, "rounding": 4, "velocity_dtype": 4,
+    "lazy": 5,
 }
 # As the optimizer was built; what a state holds is converted.
 LASTING = ("lr_in_velocity", "master", "velocity_dtype")

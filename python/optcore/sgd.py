@@ -70,6 +70,7 @@ class GroupOptions:
     master = GroupOption()
     rounding = GroupOption()
     velocity_dtype = GroupOption()
+    lazy = GroupOption()
 
 
 class SGD(Plan, GroupOptions):
@@ -140,6 +141,10 @@ class SGD(Plan, GroupOptions):
     velocity_dtype : {"float32", "bfloat16"} or None, default None
         Dtype of the velocities*; None: that in which the parameter is stepped, float64 for
         float64 and else float32. Stays as the optimizer was built.
+    lazy : {"exact", "rows"}, default "exact"
+        What a step with `Rows` means for the other rows of its parameter*. ``"exact"``: what a
+        gradient of zero means, momentum and decay going on; a row is brought up to date when it is
+        next touched, or by `catch_up`. ``"rows"``: nothing, they stay where they are.
     seed : int in [0, 2**64), default 0
         Chooses the noise of stochastic rounding, which is a function of it, the step count, the
         parameter's place and the element's: optimizers side by side want seeds of their own.
@@ -219,6 +224,7 @@ class SGD(Plan, GroupOptions):
         master: str | None = "auto",
         rounding: str = "stochastic",
         velocity_dtype: Any = None,
+        lazy: str = "exact",
         seed: int = 0,
         grads: Any = None,
         velocities: Any = None,

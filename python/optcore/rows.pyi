@@ -1,0 +1,16 @@
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+@final
+class Rows:
+    def __init__(self, indices: Any, values: Any) -> None: ...
+    @property
+    def indices(self) -> NDArray[np.int32 | np.int64]: ...
+    @property
+    def values(self) -> NDArray[Any]: ...
+    @staticmethod
+    def concatenate(rows: Sequence[Rows]) -> Rows: ...
+    def __len__(self) -> int: ...
