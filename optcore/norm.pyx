@@ -9,16 +9,12 @@ from libc.math cimport isfinite, ldexp, sqrt
 from optcore.memory cimport zeroed
 from optcore.parallel cimport sweep_all
 from optcore.storage cimport FLOAT64, arithmetic_of
-from optcore.sweep cimport CHUNK, SQUARES, Partial
+from optcore.sweep cimport SQUARES, Partial, n_partials
 
 # Squares of float64 gradients leave the range of float64 beyond 2**±512.
 cdef enum:
     RESCALE = 600
 cdef double TINY_SQUARES = ldexp(1, -900)
-
-
-cdef inline Py_ssize_t n_chunks(const Tensor *t) noexcept:
-    return (t.size + CHUNK - 1) // CHUNK
 
 
 cdef class Norm:
@@ -34,12 +30,12 @@ cdef class Norm:
         if self._partials is not None:
             return 0
         for i in range(n):
-            total += n_chunks(&tensors[i])
+            total += n_partials(&tensors[i])
         self._partials = zeroed(total, sizeof(Partial))
         partials = <Partial *>self._partials.at
         for i in range(n):
             tensors[i].partials = partials
-            partials += n_chunks(&tensors[i])
+            partials += n_partials(&tensors[i])
         return 0
 
     cdef double measure(
@@ -76,7 +72,7 @@ cdef class Norm:
             if t.grads[0].data == NULL:
                 continue
             count = 0
-            for chunk in range(n_chunks(t)):
+            for chunk in range(n_partials(t)):
                 total += t.partials[chunk].squares
                 count += t.partials[chunk].nonfinite
             if count:

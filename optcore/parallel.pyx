@@ -5,6 +5,7 @@ share k goes to thread k in every step, so that what a core has cached it meets 
 """
 from cython.parallel cimport prange
 
+from optcore.noise cimport key_of
 from optcore.runtime cimport (
     note_threads,
     own_time,
@@ -12,7 +13,9 @@ from optcore.runtime cimport (
     threads_for,
     wall_time,
 )
-from optcore.sweep cimport CHUNK, sweep_in_use, sweep_t
+from optcore.simd cimport inlined, prefetch
+from optcore.storage cimport Stream, itemsize_of
+from optcore.sweep cimport CHUNK, Row, n_chunks, point_at, sweep_in_use, sweep_t
 
 cdef extern from "<fenv.h>" nogil:
     ctypedef struct fenv_t:
@@ -48,6 +51,56 @@ cdef Cut cut_at(const Tensor *tensors, Py_ssize_t n, Py_ssize_t position) noexce
     return cut
 
 
+cdef enum:
+    AHEAD = 8               # rows
+    LINE = 64
+    MOST_AHEAD = 512        # bytes of an array
+
+
+cdef inline inlined prefetch_stream(
+    const Stream *stream, Py_ssize_t first, Py_ssize_t n
+) noexcept nogil:
+    cdef Py_ssize_t itemsize = itemsize_of(stream.storage)
+    cdef const char *at = <const char *>stream.data + first * itemsize
+    cdef const char *end = at + min(n * itemsize, <Py_ssize_t>MOST_AHEAD)
+    if stream.data != NULL:
+        while at < end:
+            prefetch(at)
+            at += LINE
+
+
+cdef inline inlined prefetch_row(const Tensor *t, Py_ssize_t first) noexcept nogil:
+    """Ask for a row, which lies anywhere, some rows before it is stepped."""
+    prefetch_stream(&t.param, first, t.width)
+    prefetch_stream(&t.states[0], first, t.width)
+
+
+cdef void sweep_rows(
+    sweep_t sweep, Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """Sweep over the rows whose first elements, one row after another, lie in [begin, end)."""
+    cdef Tensor one = t[0]
+    cdef Py_ssize_t k = (begin + t.width - 1) // t.width
+    cdef Py_ssize_t ahead = k, stop = (end + t.width - 1) // t.width
+    cdef const Row *row
+    one.rows = NULL
+    one.size = t.width
+    one.first = 0
+    while k < stop:
+        while ahead < min(k + AHEAD, stop):
+            prefetch_row(t, t.rows[ahead].first)
+            ahead += 1
+        row = &t.rows[k]
+        point_at(&one, t, row.first)
+        one.grads, one.n_grads, one.weights = row.grads, row.n_grads, row.weights
+        one.behind = row.behind
+        one.partials = t.partials + k * n_chunks(t.width)
+        if t.draws:
+            one.key = key_of(t.key, row.first // t.width, 0)
+        sweep(what, &one, 0, t.width)
+        k += 1
+
+
 cdef void sweep_between(
     Sweep what, const Tensor *tensors, Py_ssize_t n, Cut begin, Cut end
 ) noexcept nogil:
@@ -58,7 +111,10 @@ cdef void sweep_between(
         t = &tensors[begin.tensor]
         stop = end.element if begin.tensor == end.tensor else t.size
         if t.grads[0].data != NULL and begin.element < stop:
-            sweep(what, t, begin.element, stop)
+            if t.rows != NULL:
+                sweep_rows(sweep, what, t, begin.element, stop)
+            else:
+                sweep(what, t, begin.element, stop)
         begin.tensor += 1
         begin.element = 0
 

@@ -47,20 +47,23 @@ cdef class History:
 cdef class RowTensors:
     cdef Tensor *at
     cdef readonly Py_ssize_t n, n_elements
-    cdef Buffer _tensors, _owners, _rows, _behind, _partials    # of each tensor
+    cdef Buffer _tensors, _owners                               # of each parameter
+    cdef Buffer _rows, _behind, _partials, _counts, _slots      # of each row; hashed by its number
     cdef Buffer _grads, _weights, _numbers                      # of each position
-    cdef Buffer _counts, _slots                                 # of each row; hashed by its number
-    cdef Py_ssize_t _n_grads, _n_partials, _first, _position, _mask
-    cdef list _touched                  # (history, parameter, its tensors' first and end)
+    cdef Py_ssize_t _n_rows, _n_grads, _n_partials
+    cdef Py_ssize_t _first, _position, _width, _mask            # of the parameter at hand
+    cdef const uint32_t *_stamps                                # NULL: none are kept
+    cdef list _touched                  # (history, parameter, its rows' first and end)
     cdef int clear(
-        self, Py_ssize_t n_whole, Py_ssize_t n_positions, Py_ssize_t n_partials
+        self, Py_ssize_t n_tensors, Py_ssize_t n_positions, Py_ssize_t n_partials
     ) except -1
-    cdef void add_whole(self, const Tensor *t, Py_ssize_t i) noexcept
-    cdef void begin_rows(self, Py_ssize_t n_positions) noexcept
+    cdef Tensor *add_whole(self, const Tensor *t, Py_ssize_t i) noexcept
+    cdef void begin_rows(
+        self, Py_ssize_t n_positions, Py_ssize_t width, History history
+    ) noexcept
     cdef int take_rows(self, Rows rows, Py_ssize_t n_rows, Label label) except -1
     cdef void end_rows(
-        self, const Tensor *t, Py_ssize_t i, list sets, Py_ssize_t j, Py_ssize_t n_rows,
-        History history,
+        self, const Tensor *t, Py_ssize_t i, list sets, Py_ssize_t j, History history
     ) noexcept
     cdef void key_noise(self, const Tensor *tensors) noexcept
     cdef Py_ssize_t owner(self, Py_ssize_t k) noexcept

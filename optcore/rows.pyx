@@ -18,9 +18,18 @@ from optcore.arrays cimport as_ndarray, fits, is_tensor, may_meet, spell, stream
 from optcore.memory cimport zeroed
 from optcore.noise cimport key_of
 from optcore.parallel cimport sweep_all
-from optcore.rules cimport MOST_STATES
-from optcore.storage cimport FLOAT64, arithmetic_of, itemsize_of, stream_at, stream_from
-from optcore.sweep cimport CATCH_UP, CHUNK, STEP, Partial, one_tensor, sweep_in_use
+from optcore.simd cimport prefetch
+from optcore.storage cimport FLOAT64, stream_at, stream_from
+from optcore.sweep cimport (
+    CATCH_UP,
+    STEP,
+    Partial,
+    Row,
+    n_partials,
+    one_tensor,
+    point_at,
+    sweep_in_use,
+)
 
 import numpy as np
 
@@ -409,7 +418,11 @@ cdef void add_to_batch(
     for k in range(begin, end):
         stamps[k] = history.clock
     if not is_identity(&batch.behind[n]):
-        batch.tensors[n] = rows_of(t, begin, end - begin, t.size // history.n_rows)
+        k = t.size // history.n_rows
+        batch.tensors[n] = t[0]
+        point_at(&batch.tensors[n], t, begin * k)
+        batch.tensors[n].size = (end - begin) * k
+        batch.tensors[n].grads = &t.param       # some, or it would take no part
         batch.tensors[n].behind = &batch.behind[n]
         batch.n_elements += batch.tensors[n].size
         batch.n += 1
@@ -461,45 +474,25 @@ cdef void catch_up_rows(const Tensor *t, History history, ndarray rows) noexcept
     sweep_batch(&batch)
 
 
-cdef inline Tensor rows_of(
-    const Tensor *t, Py_ssize_t first, Py_ssize_t n, Py_ssize_t width
-) noexcept nogil:
-    """Some rows as a tensor of their own, which takes part in sweeps."""
-    cdef Tensor some = t[0]
-    cdef int k
-    some.param = stream_from(&t.param, first * width)
-    for k in range(MOST_STATES):
-        some.states[k] = stream_from(&t.states[k], first * width)
-    if t.ema != NULL:
-        some.ema = <char *>t.ema + first * width * itemsize_of(arithmetic_of(t.param.storage))
-    some.size = n * width
-    some.first = 0
-    some.grads = &t.param
-    some.n_grads = 1
-    return some
-
-
 # The tensors of a step
 
 cdef class RowTensors:
-    """One tensor for each row that a step touches, and those of parameters that it steps whole."""
+    """The tensors of a step of which some are swept over by rows."""
 
     def __cinit__(self):
         self._tensors, self._owners, self._rows = Buffer(), Buffer(), Buffer()
         self._grads, self._weights, self._behind = Buffer(), Buffer(), Buffer()
         self._partials, self._numbers, self._counts = Buffer(), Buffer(), Buffer()
         self._slots = Buffer()
-        self._touched = []
 
     cdef int clear(
-        self, Py_ssize_t n_whole, Py_ssize_t n_positions, Py_ssize_t n_partials
+        self, Py_ssize_t n_tensors, Py_ssize_t n_positions, Py_ssize_t n_partials
     ) except -1:
         """Begin anew, with room for so many."""
-        cdef Py_ssize_t n = n_whole + n_positions
-        self._tensors.grow(n, sizeof(Tensor))
-        self._owners.grow(n, sizeof(Py_ssize_t))
-        self._rows.grow(n, sizeof(Py_ssize_t))
-        self._behind.grow(n, sizeof(Linear))
+        self._tensors.grow(n_tensors, sizeof(Tensor))
+        self._owners.grow(n_tensors, sizeof(Py_ssize_t))
+        self._rows.grow(n_positions, sizeof(Row))
+        self._behind.grow(n_positions, sizeof(Linear))
         self._grads.grow(n_positions, sizeof(Stream))
         self._weights.grow(n_positions, sizeof(double))
         self._numbers.grow(n_positions, sizeof(Py_ssize_t))
@@ -507,39 +500,40 @@ cdef class RowTensors:
         self._slots.grow(4 * n_positions, sizeof(Py_ssize_t))
         self._partials.grow(n_partials, sizeof(Partial))
         self.at = <Tensor *>self._tensors.at
-        self.n = self.n_elements = self._n_grads = self._n_partials = 0
+        self.n = self.n_elements = self._n_rows = self._n_grads = self._n_partials = 0
         self._touched = []
         return 0
 
-    cdef void add_whole(self, const Tensor *t, Py_ssize_t i) noexcept:
+    cdef Tensor *add_whole(self, const Tensor *t, Py_ssize_t i) noexcept:
         """Add parameter i as it is."""
-        self.at[self.n] = t[0]
+        cdef Tensor *added = &self.at[self.n]
+        added[0] = t[0]
         (<Py_ssize_t *>self._owners.at)[self.n] = i
-        (<Py_ssize_t *>self._rows.at)[self.n] = -1
         self.n += 1
         if t.grads[0].data != NULL:
             self.n_elements += t.size
+        return added
 
-    cdef void begin_rows(self, Py_ssize_t n_positions) noexcept:
+    cdef void begin_rows(
+        self, Py_ssize_t n_positions, Py_ssize_t width, History history
+    ) noexcept:
         """Begin with the rows of a parameter for which gradients come in so many positions."""
         self._mask = 1
         while self._mask < 2 * n_positions:
             self._mask *= 2
         self._mask -= 1
         memset(self._slots.at, 0, (self._mask + 1) * sizeof(Py_ssize_t))
-        self._first, self._position = self.n, 0
+        self._first, self._position, self._width = self._n_rows, 0, width
+        self._stamps = NULL if history is None else history.stamps()
 
-    cdef int take_rows(
-        self, Rows rows, Py_ssize_t n_rows, Label label
-    ) except -1:
+    cdef int take_rows(self, Rows rows, Py_ssize_t n_rows, Label label) except -1:
         """Number the rows of one set of gradients, in the order in which they first come."""
         cdef const void *data = PyArray_DATA(rows.indices)
         cdef bint is_long = PyArray_ITEMSIZE(rows.indices) == sizeof(int64_t)
         cdef Py_ssize_t *slots = <Py_ssize_t *>self._slots.at
         cdef Py_ssize_t *numbers = <Py_ssize_t *>self._numbers.at
-        cdef Py_ssize_t *counts = <Py_ssize_t *>self._counts.at
-        cdef Py_ssize_t *row = <Py_ssize_t *>self._rows.at
-        cdef Py_ssize_t j, k, slot
+        cdef Row *taken = <Row *>self._rows.at + self._first
+        cdef Py_ssize_t j, k, slot, first
         cdef int64_t r
         for j in range(PyArray_DIM(rows.indices, 0)):
             r = (<const int64_t *>data)[j] if is_long else (<const int32_t *>data)[j]
@@ -548,88 +542,87 @@ cdef class RowTensors:
                     f"{spell(label)} must have indices in [0, {n_rows}), the parameter's rows, got "
                     f"{r} at position {j}"
                 )
+            first = r * self._width
             slot = (<uint64_t>r * <uint64_t>0x9E3779B97F4A7C15 >> 20) & self._mask
-            while slots[slot] != 0 and row[slots[slot] - 1] != r:
+            while slots[slot] != 0 and taken[slots[slot] - 1].first != first:
                 slot = (slot + 1) & self._mask
-            if slots[slot] == 0:
-                row[self.n] = r
-                counts[self.n - self._first] = 0
-                self.n += 1
-                slots[slot] = self.n
-            k = slots[slot] - 1 - self._first
-            counts[k] += 1
+            k = slots[slot] - 1
+            if k < 0:
+                if self._stamps != NULL:
+                    prefetch(&self._stamps[r])
+                k = self._n_rows - self._first
+                taken[k].first = first
+                taken[k].n_grads = 0
+                self._n_rows += 1
+                slots[slot] = k + 1
+            taken[k].n_grads += 1
             numbers[self._position] = k
             self._position += 1
         return 0
 
     cdef void end_rows(
-        self, const Tensor *t, Py_ssize_t i, list sets, Py_ssize_t j, Py_ssize_t n_rows,
-        History history,
+        self, const Tensor *t, Py_ssize_t i, list sets, Py_ssize_t j, History history
     ) noexcept:
-        """Make a tensor of each row of parameter i, gradients for which are sets[…][j]."""
-        cdef Py_ssize_t width = t.size // n_rows if n_rows > 0 else 0
-        cdef Py_ssize_t *numbers = <Py_ssize_t *>self._numbers.at
-        cdef Py_ssize_t *counts = <Py_ssize_t *>self._counts.at
-        cdef const Py_ssize_t *row = <const Py_ssize_t *>self._rows.at
-        cdef Linear *behind = <Linear *>self._behind.at
+        """Add parameter i by its rows, gradients for which are sets[…][j]."""
+        cdef const Py_ssize_t *numbers = <const Py_ssize_t *>self._numbers.at
+        cdef Py_ssize_t *ends = <Py_ssize_t *>self._counts.at
+        cdef Row *taken = <Row *>self._rows.at + self._first
+        cdef Linear *behind = <Linear *>self._behind.at + self._first
         cdef Stream *grads = <Stream *>self._grads.at
         cdef double *weights = <double *>self._weights.at
-        cdef Py_ssize_t n_partials = (width + CHUNK - 1) // CHUNK
-        cdef Py_ssize_t k, s, at, position = 0
-        cdef Tensor *one
+        cdef Py_ssize_t k, s, at, position = 0, n = self._n_rows - self._first
+        cdef Tensor *added
         cdef Rows rows
         cdef Stream values
-        for k in range(self._first, self.n):
-            one = &self.at[k]
-            one[0] = rows_of(t, row[k], 1, width)
-            one.grads, one.n_grads = &grads[self._n_grads], <int>counts[k - self._first]
-            one.weights = &weights[self._n_grads] if t.weights != NULL else NULL
-            one.partials = <Partial *>self._partials.at + self._n_partials
-            (<Py_ssize_t *>self._owners.at)[k] = i
+        for k in range(n):
+            taken[k].grads = &grads[self._n_grads]
+            taken[k].weights = &weights[self._n_grads] if t.weights != NULL else NULL
+            taken[k].behind = NULL
             if history is not None:
-                behind[k] = history.since(history.stamps()[row[k]])
-                one.behind = NULL if is_identity(&behind[k]) else &behind[k]
-            counts[k - self._first] = self._n_grads
-            self._n_grads += one.n_grads
-            self._n_partials += n_partials
-            self.n_elements += width
+                behind[k] = history.since(self._stamps[taken[k].first // max(self._width, 1)])
+                if not is_identity(&behind[k]):
+                    taken[k].behind = &behind[k]
+            ends[k] = self._n_grads
+            self._n_grads += taken[k].n_grads
         for s in range(len(sets)):
             rows = <Rows>(<tuple>sets[s])[j]
             values = stream_of(rows.values)
             for k in range(len(rows)):
-                at = counts[numbers[position]]
-                counts[numbers[position]] += 1
-                grads[at] = stream_from(&values, k * width)
+                at = ends[numbers[position]]
+                ends[numbers[position]] += 1
+                grads[at] = stream_from(&values, k * self._width)
                 if t.weights != NULL:
                     weights[at] = t.weights[s]
                 position += 1
+        self.n_elements += n * self._width - t.size
+        added = self.add_whole(t, i)
+        added.rows, added.width, added.size = taken, self._width, n * self._width
+        added.partials = <Partial *>self._partials.at + self._n_partials
+        self._n_partials += n_partials(added)
         if history is not None:
-            self._touched.append((history, i, self._first, self.n))
+            self._touched.append((history, i, self._first, self._n_rows))
 
     cdef void key_noise(self, const Tensor *tensors) noexcept:
-        """Give every row the key of its noise in this step; others have theirs."""
-        cdef const Py_ssize_t *owners = <const Py_ssize_t *>self._owners.at
-        cdef const Py_ssize_t *row = <const Py_ssize_t *>self._rows.at
+        """Take over the keys of this step's noise."""
         cdef Py_ssize_t k
         for k in range(self.n):
-            self.at[k].key = tensors[owners[k]].key
-            if row[k] >= 0:
-                self.at[k].key = key_of(self.at[k].key, row[k], 0)
+            self.at[k].key = tensors[self.owner(k)].key
 
     cdef Py_ssize_t owner(self, Py_ssize_t k) noexcept:
-        """The parameter that tensor k is, or is a row of."""
+        """The parameter that tensor k is of."""
         return (<const Py_ssize_t *>self._owners.at)[k]
 
     cdef void stamp(self, const Tensor *tensors) noexcept:
         """Note that the step was taken."""
-        cdef const Py_ssize_t *row = <const Py_ssize_t *>self._rows.at
-        cdef Py_ssize_t i, k, first, end
+        cdef const Row *taken = <const Row *>self._rows.at
+        cdef Py_ssize_t i, k, first, end, width
         cdef History history
         cdef uint32_t *stamps
         for history, i, first, end in self._touched:
             history.note(matrix_of(&tensors[i]))
             stamps = history.stamps()
+            width = max(tensors[i].size // max(history.n_rows, 1), 1)
             for k in range(first, end):
-                stamps[row[k]] = history.clock
+                stamps[taken[k].first // width] = history.clock
             history.take_turns(&tensors[i])
         self._touched = None

@@ -23,10 +23,15 @@ cdef extern from *:
 
     #if defined(__GNUC__) || defined(__clang__)
       #define OPTCORE_INLINE __attribute__((always_inline))
+      #define OPTCORE_PREFETCH(at) __builtin_prefetch(at, 1)
     #elif defined(_MSC_VER)
       #define OPTCORE_INLINE __forceinline
     #else
       #define OPTCORE_INLINE
+    #endif
+
+    #if !defined(OPTCORE_PREFETCH)
+      #define OPTCORE_PREFETCH(at) ((void)(at))
     #endif
 
     #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -55,3 +60,5 @@ cdef extern from *:
     ctypedef void avx2 "optcore_avx2"
     ctypedef void avx512 "optcore_avx512"
     const bint X86_LEVELS "OPTCORE_X86_LEVELS"
+    # In `inlined` functions only: GCC takes another that does nothing else for one without effect
+    void prefetch "OPTCORE_PREFETCH"(const void *at) noexcept nogil

@@ -2,7 +2,15 @@
 from libc.stdint cimport uint64_t
 
 from optcore.rules cimport MOST_STATES, Rule, Scalars, Variant
-from optcore.storage cimport Stream, arithmetic_of, is_rounded, stream_at
+from optcore.simd cimport inlined
+from optcore.storage cimport (
+    Stream,
+    arithmetic_of,
+    is_rounded,
+    itemsize_of,
+    stream_at,
+    stream_from,
+)
 
 cdef enum:
     # Elements between two points where a sweep may be cut for another thread, and the unit
@@ -25,7 +33,15 @@ cdef struct Linear:
     double xx, xv               # x = xx * x + xv * v
     double vx, vv               # v = vx * x + vv * v
 
-# One parameter, or a row of it, and all that is stepped with it; every pointer checked at the border.
+# A row that a step touches
+cdef struct Row:
+    Py_ssize_t first            # its first element in the parameter
+    const Stream *grads         # n_grads of them
+    const double *weights       # of the gradients, or NULL
+    const Linear *behind        # what is applied before a step; NULL: nothing
+    int n_grads
+
+# One parameter and all that is stepped with it; every pointer checked at the border.
 cdef struct Tensor:
     Stream param                    # INOUT
     const Stream *grads             # IN, or OUT where zeroed: n_grads of them, added in this order
@@ -34,7 +50,9 @@ cdef struct Tensor:
     Partial *partials               # OUT of SQUARES, one for each CHUNK
     const Scalars *scalars          # IN
     const double *weights           # IN: of the gradients, whose sum is 1; NULL: plainly added
-    const Linear *behind            # IN: what is applied before a step; NULL: nothing
+    const Linear *behind            # IN: as a row's
+    const Row *rows                 # what a sweep is over, `size` being theirs; NULL: the whole
+    Py_ssize_t width                # elements of a row
     double unit                     # SQUARES: a power of two that multiplies gradients first
     double share                    # of `outer`: multiplies the sum of the parameters
     uint64_t key                    # of this step's noise, where `draws`
@@ -64,6 +82,8 @@ cdef inline Tensor one_tensor(
     t.scalars = scalars
     t.weights = NULL
     t.behind = NULL
+    t.rows = NULL
+    t.width = 0
     t.unit = 1
     t.key = 0
     t.first = 0
@@ -77,6 +97,28 @@ cdef inline Tensor one_tensor(
     t.write_back = False
     t.draws = False
     return t
+
+
+cdef inline Py_ssize_t n_chunks(Py_ssize_t size) noexcept nogil:
+    return (size + CHUNK - 1) // CHUNK
+
+
+cdef inline Py_ssize_t n_partials(const Tensor *t) noexcept nogil:
+    """Of chunks; each row has its own."""
+    if t.rows == NULL:
+        return n_chunks(t.size)
+    return n_chunks(t.width) * (t.size // t.width) if t.width > 0 else 0
+
+
+cdef inline inlined point_at(Tensor *part, const Tensor *t, Py_ssize_t first) noexcept nogil:
+    """Point a copy of a tensor at the elements from `first` on."""
+    cdef int k
+    part.param = stream_from(&t.param, first)
+    for k in range(MOST_STATES):
+        if t.states[k].data != NULL:
+            part.states[k] = stream_from(&t.states[k], first)
+    if t.ema != NULL:
+        part.ema = <char *>t.ema + first * itemsize_of(arithmetic_of(t.param.storage))
 
 
 cdef inline void round_streams(Tensor *t, bint stochastic) noexcept nogil:

@@ -139,6 +139,7 @@ cdef class Table:
     ) except -1
     cdef int _refuse_rows(self, const Step *step, str what) except -1
     cdef int _lay_rows(self, list sets, tuple names, Step *step) except -1
+    cdef Py_ssize_t _width_of(self, Py_ssize_t i) noexcept
     cdef bint _skips_rows(self, Py_ssize_t i) noexcept
     cdef void _catch_up(self, Py_ssize_t i) noexcept
     cdef void _catch_up_stepped(self, const Step *step) noexcept

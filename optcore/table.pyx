@@ -56,7 +56,7 @@ from optcore.storage cimport (
     plain,
     stream_at,
 )
-from optcore.sweep cimport CHUNK, COPY, one_tensor, round_streams
+from optcore.sweep cimport COPY, n_chunks, one_tensor, round_streams
 
 from itertools import combinations
 
@@ -749,6 +749,15 @@ cdef class Table:
         slot.by_rows = step.has_rows = True
         return 0
 
+    cdef Py_ssize_t _width_of(self, Py_ssize_t i) noexcept:
+        """The elements of a row of a parameter."""
+        cdef ndarray param = <ndarray>PyTuple_GET_ITEM(self._params, i)
+        cdef Py_ssize_t width = 1
+        cdef int axis
+        for axis in range(1, PyArray_NDIM(param)):
+            width *= PyArray_DIM(param, axis)
+        return width
+
     cdef bint _skips_rows(self, Py_ssize_t i) noexcept:
         """Whether rows without a gradient stay where they are."""
         return self._groups.at[self._slots[i].group].options.lazy != EXACT_ROWS
@@ -760,7 +769,7 @@ cdef class Table:
 
     cdef int _lay_rows(self, list sets, tuple names, Step *step) except -1:
         """Make the tensors of a step that has Rows: of each row one, of other parameters as is."""
-        cdef Py_ssize_t i, j, k, n_rows, n, n_positions = 0, n_partials = 0
+        cdef Py_ssize_t i, j, k, n_rows, n_positions = 0, n_partials = 0
         cdef Tensor *t
         cdef History history
         cdef list lengths = [0] * self._n_in(step)
@@ -775,11 +784,8 @@ cdef class Table:
                     )
                 if type(gradient) is Rows:
                     lengths[j] += len(<Rows>gradient)
-            if lengths[j] > 0:
-                n = self._tensors[i].size // PyArray_DIM(<ndarray>self._params[i], 0) if (
-                    PyArray_DIM(<ndarray>self._params[i], 0) > 0) else 0
-                n_positions += <Py_ssize_t>lengths[j]
-                n_partials += <Py_ssize_t>lengths[j] * ((n + CHUNK - 1) // CHUNK)
+            n_positions += <Py_ssize_t>lengths[j]
+            n_partials += <Py_ssize_t>lengths[j] * n_chunks(self._width_of(i))
         self._by_row.clear(self._n_in(step), n_positions, n_partials)
         for j in range(self._n_in(step)):
             i = nth(step, j)
@@ -794,14 +800,14 @@ cdef class Table:
                     history = self._histories[i] = History(n_rows)
                     self._any_history = True
                 history.prepare()
-            self._by_row.begin_rows(lengths[j])
+            if self._skips_rows(i):
+                history = None
+            self._by_row.begin_rows(lengths[j], self._width_of(i), history)
             for k in range(len(sets)):
                 self._by_row.take_rows(
                     <Rows>(<tuple>sets[k])[j], n_rows, self._label(names[k], i)
                 )
-            self._by_row.end_rows(
-                t, i, sets, j, n_rows, None if self._skips_rows(i) else history
-            )
+            self._by_row.end_rows(t, i, sets, j, history)
         step.n_elements = self._by_row.n_elements
         return 0
 
