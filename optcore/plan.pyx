@@ -1038,8 +1038,9 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
     self._adopt(groups, {name: value for name, value in options.items()
                          if name != "ema_decay" or value is not None})
     # Nothing from here on can fail
-    for i in range(self._n):
-        self._catch_up(i)       # what stays as it is, and what is written over
+    for i, entry in enumerate(entries):     # a state is saved with all rows up to date
+        if entry and self._histories[i] is not None:
+            (<History>self._histories[i]).forget()
     for k, arrays in new.items():
         self._install_state(k, arrays)
     for i, entry in enumerate(entries):

@@ -21,6 +21,7 @@ except ImportError as error:
 import numpy as np
 
 import optcore
+from optcore import _lookups
 from optcore._state import saved_count
 from optcore.arrays import is_bfloat16
 from optcore.groups import GROUP_NOTES
@@ -138,6 +139,13 @@ class _Owner(NamedTuple):
         """Return a gradient as the plan takes it."""
         if grad is None:
             return None
+        if grad.is_sparse:
+            if self.order is not None:
+                raise ValueError(
+                    f"{self.label} must be contiguous to be stepped by a sparse gradient: give "
+                    "torch.nn.Parameter(p.contiguous())"
+                )
+            return grad
         if hasattr(grad, "to_local") and grad.placements != self.param.placements:
             grad = grad.detach().redistribute(placements=self.param.placements)
         return self.turned(grad.resolve_neg() if grad.is_neg() else grad)
@@ -289,6 +297,10 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         As in `optcore.SGD`, with a star.
     velocity_dtype : {"float32", "bfloat16"}, a dtype of those names or None, default None
         As in `optcore.SGD`, with a star: None is float32 for half parameters, too.
+    lazy : {"exact", "rows"}, default "exact"
+        As in `optcore.SGD`, with a star, for sparse gradients (``Embedding(sparse=True)``). With
+        "exact" rows are brought up to date when an ``Embedding`` or ``EmbeddingBag`` is about to
+        read them, when they are stepped, for state dictionaries, and by `catch_up`.
     seed : int in [0, 2**64), default 0
         As in `optcore.SGD`.
     step_in_backward : bool or DistributedDataParallel, default False
@@ -305,7 +317,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     Raises
     ------
     TypeError, ValueError
-        For what is not supported or out of range. Tensors on a GPU, sparse, complex, negated or
+        For what is not supported or out of range. Parameters on a GPU, sparse, complex, negated or
         of another dtype are refused, naming the parameter where names were given. `master` and
         `velocity_dtype` stay as the optimizer was built. With `step_in_backward`, `max_norm` and
         `skip_nonfinite`, which need all gradients before the first parameter is stepped.
@@ -342,6 +354,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     _measured: tuple[float | None, list[Any]] = (None, [])
     _in_backward = False
     _replicas: Any = None   # the DistributedDataParallel model that averages the gradients
+    _by_rows = False        # whether a gradient was sparse
     _piece: Stepping | None = None      # the step that backward() has begun
 
     def __init__(
@@ -368,6 +381,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         master: str | None = "auto",
         rounding: str = "stochastic",
         velocity_dtype: Any = None,
+        lazy: str = "exact",
         seed: int = 0,
         step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
     ) -> None:
@@ -483,6 +497,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: all but the plan and the hooks."""
         self._check_between()
+        self.catch_up()
         if self._replicas is not None:
             raise TypeError(
                 "an optimizer with step_in_backward=model cannot be copied or pickled, for the "
@@ -504,6 +519,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         Groups have, besides, the ``"seed"`` and the ``"step_count"`` that noise comes from.
         """
         self._check_between()
+        self.catch_up()
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update(seed=self.seed, step_count=self._applied)
@@ -614,6 +630,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
             self._measured = (None, [])
             return loss
         plan = self._current_plan()
+        self._watch_rows([owner.param for owner in self._owners])
         grads = [owner.gradient(owner.param.grad) for owner in self._owners]
         taken = [owner.param for owner, grad in zip(self._owners, grads, strict=True)
                  if grad is not None]
@@ -633,6 +650,57 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         else:
             self._skipped += 1
         return loss
+
+    # Sparse gradients
+
+    def _watch_rows(self, params: Iterable[Any]) -> None:
+        """Have embedding layers say what they read, from the first sparse gradient on."""
+        if not self._by_rows and any(
+            param.grad is not None and param.grad.is_sparse for param in params
+        ):
+            self._by_rows = True
+            _lookups.watch(self)
+
+    def steps(self, param: Any) -> bool:
+        """Return whether it has a parameter; False before its first gradient."""
+        return self._plan is not None and param in self._places
+
+    def catch_up(self, param: Any = None, rows: Any = None) -> None:
+        """Bring rows up to date that sparse gradients have not touched, before they are read.
+
+        Embedding layers do it in their forward pass, and state dictionaries, copies and pickles by
+        themselves. It is for what reads a table otherwise: ``F.embedding``, an evaluation, the
+        model's own ``state_dict()``.
+
+        Parameters
+        ----------
+        param : Parameter, optional
+            Without it, all.
+        rows : tensor of integers of any shape, optional
+            Without it, all rows.
+
+        Raises
+        ------
+        KeyError, IndexError, TypeError
+            For a parameter that is not this optimizer's, and rows that it does not have.
+        RuntimeError
+            With `step_in_backward`, between ``backward()`` and ``step()``.
+        """
+        plan = self._plan
+        if param is not None and not any(
+            param is own for group in self.param_groups for own in group["params"]
+        ):
+            raise KeyError("param must be a parameter of this optimizer")
+        if plan is None or not self._by_rows:
+            return
+        if param is None:
+            plan.catch_up()
+            params = [owner.param for owner in self._owners]
+        else:
+            plan.catch_up(self._places[param], None if rows is None else rows.detach().numpy())
+            params = [param]
+        # The plan writes behind autograd's back, which must learn of it.
+        torch.autograd.graph.increment_version(params)
 
     # Steps in backward
 
@@ -668,6 +736,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         plan = self._current_plan() if self._piece is None else self._plan
         if plan is None:
             return
+        self._watch_rows(gradients)
         given = {}
         for param, grad in gradients.items():
             i = self._places.get(param)
@@ -823,6 +892,8 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
         What was loaded may be another optimizer's, with masters in another form or none.
         """
+        if not loaded:      # what is loaded has all rows up to date
+            self.catch_up()
         self._plan = None
         self._owners: list[_Owner] = []
         names = [name for group in self.param_groups for name in group.get("param_names") or ()]
