@@ -508,6 +508,7 @@ cdef class Collecting(Piece):
         plan._look_again()
         plan._ready(sets, names, &step)
         plan._check_some(&step, what)
+        plan._refuse_rows(&step, what)
         if sums is None:
             sums = sums_like(plan)
             plan._ready(sets, names, &step)     # again, for allocating may run a finalizer

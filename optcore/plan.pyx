@@ -38,6 +38,7 @@ from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
 from optcore.table cimport GRADS, Step, Table, assign, converted, rule_named, step_over
 
 from collections.abc import Iterable, Mapping, Set
+from copy import copy
 
 import numpy as np
 
@@ -702,12 +703,20 @@ cdef class Plan(Table):
         """Refuse arrays that are not those the user's containers hold, or that moved."""
         self._exclusively(look_again)
 
-    def _snapshot(self, bint include_params=False):
+    def _snapshot(self, bint include_params=False, bint copies=False):
         """Return copies of all that one moment holds: state, groups, counts and options.
 
-        And, not copied, what the optimizer was built from.
+        And, not copied, what the optimizer was built from. For a state dictionary all rows are
+        brought up to date; what `copies` the optimizer has them as they are and their "histories".
         """
-        return self._exclusively(copy_state, include_params)
+        return self._exclusively(copy_state, include_params, copies)
+
+    def _copy_histories(self):
+        return self._exclusively(copy_histories)
+
+    def _take_histories(self, histories):
+        """Go on from what a snapshot has of rows that are not up to date."""
+        self._exclusively(take_histories, histories)
 
     def _restore(self, list groups, list entries, dict options, counts, writes=()):
         """Take over a checked state.
@@ -980,9 +989,22 @@ cdef object lend_masters(Plan self, object masters, object _, object __):
     self._install_rests(tuple(rests))
 
 
-cdef object copy_state(Plan self, object include_params, object _, object __):
+cdef object copy_histories(Plan self, object _, object __, object ___):
+    """Return what there is of rows that are not up to date, or None."""
+    if not any([history is not None and (<History>history).clock > 0
+                for history in self._histories]):
+        return None
+    return [copy(history) for history in self._histories]
+
+
+cdef object take_histories(Plan self, object histories, object _, object __):
+    self._histories = list(histories)
+    self._any_history = True
+
+
+cdef object copy_state(Plan self, object include_params, object copies, object _):
     cdef Py_ssize_t i
-    if self._any_history:
+    if self._any_history and not copies:
         catch_up_some(self, None, None, None)
     if include_params:
         self._look_again()
@@ -1011,6 +1033,7 @@ cdef object copy_state(Plan self, object include_params, object _, object __):
         "skipped": self._skipped,
         "options": {name: getattr(self, name) for name in OPTIMIZER_OPTIONS},
         "given": getattr(self, "_given", None),
+        "histories": copy_histories(self, None, None, None),
     }
 
 

@@ -10,7 +10,7 @@ given for that row. From there on it is a step like any other.
 """
 cimport cython
 from libc.math cimport isfinite
-from libc.string cimport memcmp, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 from libc.stdint cimport int32_t, uint64_t
 from numpy cimport PyArray_DATA, PyArray_DIM, PyArray_ITEMSIZE, PyArray_NDIM, import_array
 
@@ -42,8 +42,9 @@ cdef enum:
     N_KNOWN = 64
     FEWEST_RUNS = 1024
     MOST_RUNS = 1 << 18
-    ROWS_A_RUN = 32         # a table has a history for every so many rows: 3 bytes a row at most
+    ROWS_A_RUN = 64         # of a table, at least: histories take 3 bytes a row at most
 
+cdef uint32_t MOST_STEPS = 0xFFFFFFFF       # that a stamp can count
 cdef Linear IDENTITY = Linear(1, 0, 0, 1)
 
 
@@ -64,6 +65,11 @@ cdef class Rows:
     ------
     TypeError, ValueError
         For arrays that are not as they must be.
+
+    Attributes
+    ----------
+    indices, values : numpy.ndarray
+        The arrays, or views of other libraries'.
 
     Notes
     -----
@@ -248,13 +254,25 @@ cdef class History:
 
     def __cinit__(self, Py_ssize_t n_rows):
         cdef Py_ssize_t most = FEWEST_RUNS
-        while most < MOST_RUNS and most * ROWS_A_RUN < n_rows:
+        while most < MOST_RUNS and 2 * most * ROWS_A_RUN <= n_rows:
             most *= 2
         self.n_rows = n_rows
         self._few = most // 2 - 2
         self._stamps = zeroed(n_rows, sizeof(uint32_t))
         self._runs, self._powers, self._products = Buffer(), Buffer(), Buffer()
         self._known = zeroed(N_KNOWN, sizeof(Known))
+
+    def __reduce__(self):
+        """Copy all but what can be formed again: products, and answers."""
+        cdef Py_ssize_t i
+        cdef const Run *runs = <const Run *>self._runs.at
+        cdef Linear[2] wide = [self._high, self._low]
+        return restored, (
+            self.n_rows, self.clock, (<char *>self._stamps.at)[:self.n_rows * sizeof(uint32_t)],
+            [(runs[i].begin, runs[i].first_power) for i in range(self._n_runs)],
+            (<char *>self._powers.at)[:self._n_powers * sizeof(Linear)],
+            (<char *>wide)[:sizeof(wide)], self._hand, self._done,
+        )
 
     cdef uint32_t *stamps(self) noexcept:
         return <uint32_t *>self._stamps.at
@@ -474,6 +492,29 @@ cdef void catch_up_rows(const Tensor *t, History history, ndarray rows) noexcept
     sweep_batch(&batch)
 
 
+def restored(n_rows, clock, bytes stamps, list runs, bytes powers, bytes wide, hand, done):
+    """Return the history that `History.__reduce__` has taken apart."""
+    cdef History history = History(n_rows)
+    cdef Py_ssize_t i
+    cdef Run *run
+    history._runs.grow(len(runs), sizeof(Run))
+    history._powers.grow(len(powers) // sizeof(Linear), sizeof(Linear))
+    history._n_runs = 1
+    history.prepare()
+    memcpy(history._stamps.at, <const char *>stamps, len(stamps))
+    memcpy(history._powers.at, <const char *>powers, len(powers))
+    history._high = (<const Linear *><const char *>wide)[0]
+    history._low = (<const Linear *><const char *>wide)[1]
+    run = <Run *>history._runs.at
+    for i in range(len(runs)):
+        run[i].begin, run[i].first_power = runs[i]
+    for i in range(len(runs) - 1):
+        history._close(i, run[i + 1].begin)
+    history._n_runs, history._n_powers = len(runs), len(powers) // sizeof(Linear)
+    history.clock, history._hand, history._done = clock, hand, done
+    return history
+
+
 # The tensors of a step
 
 cdef class RowTensors:
@@ -624,5 +665,9 @@ cdef class RowTensors:
             width = max(tensors[i].size // max(history.n_rows, 1), 1)
             for k in range(first, end):
                 stamps[taken[k].first // width] = history.clock
-            history.take_turns(&tensors[i])
+            if history.clock == MOST_STEPS:
+                catch_up_between(&tensors[i], history, 0, history.n_rows)
+                history.forget()
+            else:
+                history.take_turns(&tensors[i])
         self._touched = None

@@ -646,9 +646,9 @@ class ShardedSGD(_Distributed):
         self._collect(parts, into)
         return into
 
-    def _snapshot(self, include_params: bool = False) -> dict[str, Any]:
+    def _snapshot(self, include_params: bool = False, copies: bool = False) -> dict[str, Any]:
         def check() -> tuple[dict[str, Any], list[str]]:
-            copied = super(ShardedSGD, self)._snapshot(include_params)
+            copied = super(ShardedSGD, self)._snapshot(include_params, copies)
             return copied, [f"step {copied['step_count']}", *(
                 f"{'no ' if value is None else ''}{key}"
                 for key, value in copied["state"][0].items()

@@ -413,14 +413,15 @@ class SGD(Plan, GroupOptions):
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to build a copy over the arrays, which are copied along."""
         self._check_current()
-        copied = self._snapshot()
+        copied = self._snapshot(copies=True)
         own = ("params", "param_names")
         state = {
             "given": copied["given"],
             "defaults": self._defaults,
             "groups": [{key: value for key, value in group.items() if key not in own}
                        for group in copied["param_groups"]],
-            "copied": {key: copied[key] for key in ("state", "options", "step_count", "skipped")},
+            "copied": {key: copied[key] for key in (
+                "state", "options", "step_count", "skipped", "histories")},
             "own": {**getattr(self, "__dict__", {}), **_slots_of(self)},    # a subclass's
         }
         return _unbuilt, (type(self),), state
@@ -441,6 +442,8 @@ class SGD(Plan, GroupOptions):
         self._given = state["given"]
         groups = [{**own, **group} for own, group in zip(self.param_groups, groups, strict=True)]
         self._restore(groups, copied["state"], {}, (copied["step_count"], copied["skipped"]))
+        if copied["histories"] is not None:
+            self._take_histories(copied["histories"])
         for name, value in state["own"].items():
             setattr(self, name, value)
 
@@ -517,7 +520,7 @@ class SGD(Plan, GroupOptions):
     def _contents(self, include_params: bool) -> dict[str, Any]:
         """Return all that a checkpoint holds: the state dictionary, with "options" and "param"."""
         copied = self._snapshot(include_params)
-        del copied["given"]
+        del copied["given"], copied["histories"]
         groups: list[dict[str, Any]] = []
         first = 0
         for group in copied["param_groups"]:

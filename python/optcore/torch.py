@@ -355,6 +355,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     _in_backward = False
     _replicas: Any = None   # the DistributedDataParallel model that averages the gradients
     _by_rows = False        # whether a gradient was sparse
+    _histories: list[Any] | None = None     # of a copy's rows, until it has a plan
     _piece: Stepping | None = None      # the step that backward() has begun
 
     def __init__(
@@ -497,21 +498,26 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: all but the plan and the hooks."""
         self._check_between()
-        self.catch_up()
         if self._replicas is not None:
             raise TypeError(
                 "an optimizer with step_in_backward=model cannot be copied or pickled, for the "
                 "copy's model would not tell it of gradients: build one with the other model and "
                 "load_state_dict(opt.state_dict())"
             )
-        own = ("_own", "_complete", "_skipped", "_applied", "_measured", "_in_backward")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = ("_own", "_complete", "_skipped", "_applied", "_measured", "_in_backward", "_by_rows")
+        histories = self._histories if self._plan is None else self._plan._copy_histories()
+        return {
+            **super().__getstate__(), **{name: getattr(self, name) for name in own},
+            "_histories": histories,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on from `__getstate__`."""
         super().__setstate__(state)
         self._begin()
         self._hook()
+        if self._histories is not None:
+            _lookups.watch(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as ``torch.optim.Optimizer.state_dict``.
@@ -662,8 +668,8 @@ class SGD(torch.optim.Optimizer, GroupOptions):
             _lookups.watch(self)
 
     def steps(self, param: Any) -> bool:
-        """Return whether it has a parameter; False before its first gradient."""
-        return self._plan is not None and param in self._places
+        """Return whether it is what steps a parameter."""
+        return any(param is own for group in self.param_groups for own in group["params"])
 
     def catch_up(self, param: Any = None, rows: Any = None) -> None:
         """Bring rows up to date that sparse gradients have not touched, before they are read.
@@ -686,11 +692,11 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         RuntimeError
             With `step_in_backward`, between ``backward()`` and ``step()``.
         """
-        plan = self._plan
-        if param is not None and not any(
-            param is own for group in self.param_groups for own in group["params"]
-        ):
+        if param is not None and not self.steps(param):
             raise KeyError("param must be a parameter of this optimizer")
+        if self._plan is None and self._histories is not None:
+            self._build()
+        plan = self._plan
         if plan is None or not self._by_rows:
             return
         if param is None:
@@ -892,7 +898,8 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
         What was loaded may be another optimizer's, with masters in another form or none.
         """
-        if not loaded:      # what is loaded has all rows up to date
+        histories = None if loaded else self._histories     # what is loaded is up to date
+        if not loaded and histories is None:
             self.catch_up()
         self._plan = None
         self._owners: list[_Owner] = []
@@ -970,7 +977,10 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         plan._lend_masters(lent)
         plan.ema_decay = ema_decay      # averages begin at the masters
         plan._restore(plan.param_groups, entries, {}, (self._applied, 0))
+        if histories is not None:
+            plan._take_histories(histories)
         # Nothing from here on can fail
+        self._histories = None
         for held, key, new in changed:
             if new is None:
                 del held[key]
