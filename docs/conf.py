@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import shutil
+import types
 from pathlib import Path
 
 from sphinx.util import logging
@@ -91,8 +92,8 @@ def led(link, folder):
 def signature(app, what, name, thing, options, args, returns):
     """Write what a caller may write: neither `self`, which compiled methods name, nor types."""
     function = thing.__init__ if what == "class" else thing
-    if not inspect.isroutine(function):
-        return None
+    if not inspect.isroutine(function) or isinstance(function, types.WrapperDescriptorType):
+        return None         # a compiled class's docstring has it
     if not function.__module__.startswith("optcore."):      # what is adapted, or a built-in
         return ("(**params)", "") if what == "class" else None
     written = inspect.signature(function)
