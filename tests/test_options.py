@@ -1109,7 +1109,7 @@ def test_state_of_schedules(names, script, rng):
     run(opt, script[:3])
     state = copy.deepcopy(opt.state_dict())
     saved = state["param_groups"][0]
-    assert state["version"] == 4
+    assert state["version"] == 5
     assert saved["schedules"] == [name for name in GROUP_OPTIONS if name in names]
     assert all(saved[name] is None for name in names)
     assert {name: saved[name] for name in options} == options
@@ -1256,7 +1256,7 @@ def test_no_bound_is_no_schedule(own, rng, tmp_path):
         assert other.param_groups[0]["clip_value"] is None
 
 
-@pytest.mark.parametrize("version", [5, 0, None, "2", 1.5])
+@pytest.mark.parametrize("version", [6, 0, None, "2", 1.5])
 def test_versions_to_come_are_refused(version, rng, tmp_path):
     opt = optcore.SGD(draw(rng), lr=0.1)
     state = {**opt._contents(include_params=False), "version": version}

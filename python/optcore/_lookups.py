@@ -25,5 +25,5 @@ def _catch_up(module: Any, inputs: tuple[Any, ...]) -> None:
     """Before a forward pass: rows that are not among the positional inputs may be any."""
     if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
         for opt in list(_optimizers):
-            if opt.steps(module.weight):
+            if opt._steps(module.weight):
                 opt.catch_up(module.weight, inputs[0] if inputs else None)

@@ -667,7 +667,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
             self._by_rows = True
             _lookups.watch(self)
 
-    def steps(self, param: Any) -> bool:
+    def _steps(self, param: Any) -> bool:
         """Return whether it is what steps a parameter."""
         return any(param is own for group in self.param_groups for own in group["params"])
 
@@ -692,7 +692,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         RuntimeError
             With `step_in_backward`, between ``backward()`` and ``step()``.
         """
-        if param is not None and not self.steps(param):
+        if param is not None and not self._steps(param):
             raise KeyError("param must be a parameter of this optimizer")
         if self._plan is None and self._histories is not None:
             self._build()
