@@ -24,7 +24,7 @@ cdef class History:
     cdef Py_ssize_t _few                # runs after which rows are caught up in turn
     cdef Py_ssize_t _hand               # the row whose turn it is
     cdef Py_ssize_t _done               # runs that no row will need once all had their turn
-    cdef Buffer _stamps                 # of each row: the clock when it was last up to date
+    cdef ndarray _stamps                # of each row: the clock when it was last up to date
     cdef Buffer _runs                   # of Run
     cdef Buffer _powers                 # matrices to the powers 1, 2, 4, …, run by run
     cdef Buffer _products               # of runs, level by level

@@ -33,7 +33,8 @@ from optcore.sweep cimport (
 
 import numpy as np
 
-from optcore.arrays import is_array
+from optcore._arena import allocate_like
+from optcore.arrays import is_array, name_of_dtype
 
 import_array()
 
@@ -78,8 +79,8 @@ cdef class Rows:
     """
 
     def __init__(self, indices, values):
-        if not is_array(indices):
-            indices = np.asarray(indices, np.int64 if len(indices) == 0 else None)
+        if isinstance(indices, (list, tuple, range)):
+            indices = np.asarray(indices, None if len(indices) > 0 else np.int64)
         indices = as_ndarray(indices, False, Label(b"indices", -1, NULL))
         values = as_ndarray(values, False, Label(b"values", -1, NULL))
         if indices.dtype not in (np.int32, np.int64) or not indices.dtype.isnative:
@@ -107,15 +108,24 @@ cdef class Rows:
         Parameters
         ----------
         rows : sequence of Rows
-            Of one parameter: the gradients of micro-batches, say.
+            Of one parameter and dtype, at least one: the gradients of micro-batches, say.
 
         Returns
         -------
         Rows
+
+        Raises
+        ------
+        TypeError, ValueError
+            For values of several dtypes or shapes, and for no rows at all.
         """
-        return Rows(
-            np.concatenate([one.indices for one in rows]),
-            np.concatenate([one.values for one in rows]),
+        rows = list(rows)
+        dtypes = {name_of_dtype(one.values) for one in rows}
+        if len(dtypes) > 1:
+            raise TypeError(f"rows must have values of one dtype, got {', '.join(sorted(dtypes))}")
+        values = np.concatenate([one.values for one in rows])
+        return Rows(        # NumPy drops what an array declares of its bits
+            np.concatenate([one.indices for one in rows]), values.view(rows[0].values.dtype)
         )
 
     def __len__(self):
@@ -258,7 +268,8 @@ cdef class History:
             most *= 2
         self.n_rows = n_rows
         self._few = most // 2 - 2
-        self._stamps = zeroed(n_rows, sizeof(uint32_t))
+        # on huge pages: rows are looked up anywhere
+        self._stamps, = allocate_like([np.broadcast_to(np.uint32(0), n_rows)])
         self._runs, self._powers, self._products = Buffer(), Buffer(), Buffer()
         self._known = zeroed(N_KNOWN, sizeof(Known))
 
@@ -268,14 +279,14 @@ cdef class History:
         cdef const Run *runs = <const Run *>self._runs.at
         cdef Linear[2] wide = [self._high, self._low]
         return restored, (
-            self.n_rows, self.clock, (<char *>self._stamps.at)[:self.n_rows * sizeof(uint32_t)],
+            self.n_rows, self.clock, self._stamps,
             [(runs[i].begin, runs[i].first_power) for i in range(self._n_runs)],
             (<char *>self._powers.at)[:self._n_powers * sizeof(Linear)],
             (<char *>wide)[:sizeof(wide)], self._hand, self._done,
         )
 
     cdef uint32_t *stamps(self) noexcept:
-        return <uint32_t *>self._stamps.at
+        return <uint32_t *>PyArray_DATA(self._stamps)
 
     cdef int prepare(self) except -1:
         """Make room for one step more."""
@@ -381,7 +392,7 @@ cdef class History:
 
     cdef void forget(self) noexcept:
         """All rows are up to date."""
-        memset(self._stamps.at, 0, self.n_rows * sizeof(uint32_t))
+        memset(self.stamps(), 0, self.n_rows * sizeof(uint32_t))
         memset(self._known.at, 0, N_KNOWN * sizeof(Known))
         self.clock = 0
         self._n_runs = self._n_powers = 0
@@ -492,7 +503,7 @@ cdef void catch_up_rows(const Tensor *t, History history, ndarray rows) noexcept
     sweep_batch(&batch)
 
 
-def restored(n_rows, clock, bytes stamps, list runs, bytes powers, bytes wide, hand, done):
+def restored(n_rows, clock, ndarray stamps, list runs, bytes powers, bytes wide, hand, done):
     """Return the history that `History.__reduce__` has taken apart."""
     cdef History history = History(n_rows)
     cdef Py_ssize_t i
@@ -501,7 +512,7 @@ def restored(n_rows, clock, bytes stamps, list runs, bytes powers, bytes wide, h
     history._powers.grow(len(powers) // sizeof(Linear), sizeof(Linear))
     history._n_runs = 1
     history.prepare()
-    memcpy(history._stamps.at, <const char *>stamps, len(stamps))
+    memcpy(history.stamps(), PyArray_DATA(stamps), history.n_rows * sizeof(uint32_t))
     memcpy(history._powers.at, <const char *>powers, len(powers))
     history._high = (<const Linear *><const char *>wide)[0]
     history._low = (<const Linear *><const char *>wide)[1]

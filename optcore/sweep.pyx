@@ -308,6 +308,11 @@ cdef inline inlined packed_rule(
         packed_decay(7, of_x, of_d, of_u, t, at, n)
 
 
+cdef inline bint adds(const Tensor *t) noexcept nogil:
+    """Whether what takes the gradient's place is to be formed first."""
+    return t.n_grads > 1 or t.outer or t.weights != NULL
+
+
 cdef inline Storage stepped_state(const Tensor *t) noexcept nogil:
     """How its state is stored; a rule without one may find one there, which stays as it is."""
     return t.states[0].storage if RULE_ROWS[t.rule].n_states > 0 else FLOAT32
@@ -326,8 +331,8 @@ cdef inline bint is_packed(const Tensor *t) noexcept nogil:
     """Whether there is such a loop for it."""
     cdef Storage of_x = t.param.storage, of_d = t.grads[0].storage, of_u = stepped_state(t)
     cdef bint it = t.rule < N_RULES and RULE_ROWS[t.rule].n_states < 2 and t.variant == PLAIN
-    it &= t.n_grads == 1 and t.scalars.clip_value == INFINITY and not t.scalars.flushes
-    it &= t.ema == NULL and not t.outer
+    it &= not adds(t) and t.scalars.clip_value == INFINITY and not t.scalars.flushes
+    it &= t.ema == NULL
     it &= of_d == BFLOAT16 or (of_d == FLOAT32 and of_x == FLOAT32)
     it &= of_x == FLOAT32 or of_x == SPLIT_BFLOAT16 or (of_x == BFLOAT16 and t.param.stochastic)
     it &= of_u == FLOAT32 or (of_u == BFLOAT16 and t.states[0].stochastic)
@@ -504,8 +509,9 @@ cdef inline inlined step_blocks(
 ) noexcept nogil:
     """Step x[begin:end]; the last argument only names its type, as a template's would.
 
-    Where all lies open, the first block ends where the parameter reaches a cache line, so that no
-    later load or store of it splits one; NumPy's own arrays lie 16 bytes past a line. Else blocks
+    Where all lies open, and is more than a few lines, the first block ends where the parameter
+    reaches a cache line, so that no later load or store of it splits one; NumPy's own arrays lie
+    16 bytes past a line. Else blocks
     are the runs on which the noise is laid; `begin` is a multiple of CHUNK.
     """
     cdef uint32_t noise[2][BLOCK]
@@ -517,7 +523,6 @@ cdef inline inlined step_blocks(
     cdef real *states[MOST_STATES]
     cdef const Scalars *s = t.scalars
     cdef real bound = <real>s.clip_value
-    cdef bint adds = t.n_grads > 1 or t.outer
     cdef bint clips = bound < INFINITY
     cdef real scale = 1 if clips else <real>s.scale
     cdef Py_ssize_t block = end - begin
@@ -531,16 +536,16 @@ cdef inline inlined step_blocks(
     cdef Several last
     cdef int k
     fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
-    if adds:
+    if adds(t):
         fill_nothing(nothing)
         last.share = t.share
     if fuses and n_before == 0:
         block = BLOCK
-    elif adds:                                  # whole runs of noise take several of them
+    elif adds(t):                               # whole runs of noise take several of them
         block = SHORT_BLOCK
     elif clips or trailed or not is_open:
         block = BLOCK
-    if is_open:
+    if is_open and end - begin > BLOCK:
         n = -(<uintptr_t>t.param.data + begin * sizeof(real)) % LINE // sizeof(real)
     if n == 0:
         n = block
@@ -554,7 +559,7 @@ cdef inline inlined step_blocks(
             else:
                 d = nothing
             open_several(&last, t, n_before, begin, n, replicas, nothing, c)
-        elif adds:
+        elif adds(t):
             form_direction(d, t, x, begin, n, nothing, c)
         elif clips:
             fetch(d, t.grads, begin, n, c)
@@ -604,7 +609,7 @@ cdef inline inlined catch_up(
     cdef real *v = scratch_v
     cdef Linear m = t.behind[0]
     cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
-    cdef bint moves = t.states[0].data != NULL
+    cdef bint moves = t.states[0].data != NULL, decays = m.vx != 0
     cdef double xi, vi
     cdef Py_ssize_t i, n
     while begin < end:
@@ -617,7 +622,8 @@ cdef inline inlined catch_up(
             if moves:
                 vi = <double>v[i]
                 x[i] = <real>(m.xx * xi + m.xv * vi)
-                v[i] = <real>(m.vx * xi + m.vv * vi)
+                # an infinite x makes a NaN of 0 * x
+                v[i] = <real>(m.vx * xi + m.vv * vi if decays else m.vv * vi)
             else:
                 x[i] = <real>(m.xx * xi)
         if moves and t.scalars.flushes:
@@ -696,7 +702,7 @@ cdef inline inlined squares(
     cdef Py_ssize_t block = CHUNK
     cdef Py_ssize_t i, n, stop
     cdef Partial *partial
-    if t.n_grads > 1 or t.outer:
+    if adds(t):
         block = SHORT_BLOCK
         fill_nothing(nothing)
     elif not holds(t.grads[0].storage, arithmetic):
@@ -708,7 +714,7 @@ cdef inline inlined squares(
         i = begin
         while i < stop:
             n = min(block, stop - i)
-            if t.n_grads > 1 or t.outer:
+            if adds(t):
                 d = scratch
                 opened(&x, &t.param, i, n, scratch_x, False, c)
                 form_direction(d, t, x, i, n, nothing, c)
