@@ -95,6 +95,17 @@ class Rule:
         x, *states = (rounded(*each) for each in zip((x, *states), names, bits, strict=True))
         return x, states
 
+    def rows_reference(self, rows, x, g, states, o, rounding=None, noise_key=0):
+        """Return the same after a step of these rows alone, each of which has noise of its own."""
+        after = [a.copy() for a in (x, *states)]
+        for row in rows:
+            at = slice(row, row + 1)
+            new, states = self.reference(after[0][at], g[at], [a[at] for a in after[1:]], o,
+                                         rounding, key_of_row(noise_key, row))
+            for a, of_row in zip(after, (new, *states), strict=True):
+                a[at] = of_row
+        return after[0], after[1:]
+
     @property
     def entry(self) -> Callable[..., None]:
         """The rule in the functional API."""
@@ -196,14 +207,24 @@ def flushed(state):
 
 def weighted(replicas, weights):
     """Return the weighted mean of one gradient of each replica; `grad_scale` follows."""
-    real = replicas[0].dtype.type
+    return added(replicas, shares(weights))
+
+
+def shares(weights):
+    """Return each weight by the sum of all."""
     total = 0.0
     for w in weights:
         total = total + float(w)
-    s = real(float(weights[0]) / total) * replicas[0]
-    for w, g in zip(weights[1:], replicas[1:], strict=True):
-        s = s + real(float(w) / total) * g
-    return s
+    return [float(w) / total for w in weights]
+
+
+def added(arrays, factors):
+    """Return the sum of the arrays, each times its factor, in their order."""
+    real = arrays[0].dtype.type
+    total = real(factors[0]) * arrays[0]
+    for factor, a in zip(factors[1:], arrays[1:], strict=True):
+        total = total + real(factor) * a
+    return total
 
 
 def accumulated(rule):
@@ -218,6 +239,19 @@ def accumulated(rule):
         return x + v if rule.lr_in_velocity else x - x.dtype.type(o.lr) * v, v
 
     return replace(rule, equation=equation)
+
+
+def summed_rows(indices, values):
+    """Return the row numbers as they first occur, and the sum of each row's values in their order.
+
+    They are what a step by ``optcore.Rows(indices, values)`` takes: a gradient that is zero in
+    every other row.
+    """
+    sums = {}
+    for i, value in zip(map(int, indices), values, strict=True):
+        sums[i] = sums[i] + value if i in sums else value
+    shape = len(sums), *values.shape[1:]
+    return np.array([*sums], np.intp), np.array([*sums.values()], values.dtype).reshape(shape)
 
 
 def averaged(e, x, decay):
@@ -304,6 +338,11 @@ def hashed(z):
 
 def noise_key(seed, step, index=0):
     return hashed((hashed((hashed(seed) + step) % 2**64) + index) % 2**64)
+
+
+def key_of_row(key, row):
+    """The key of a row's noise where it is stepped for itself, with its table's key."""
+    return noise_key(key, int(row))
 
 
 def noise(key, a, n_arrays):

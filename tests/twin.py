@@ -2,24 +2,28 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 from test_plan import norm
 
+import optcore
 from reference import (
     FRACTION_BITS,
     RULES_BY_ID,
     Options,
     accumulated,
+    added,
     averaged,
     joined,
     master_of,
     noise_key,
     rounded,
     same_bits,
+    shares,
     split,
+    summed_rows,
     type_name,
-    weighted,
     widened,
 )
 
@@ -70,6 +74,8 @@ def rule_of(options):
 class Twin:
     """What `opt` must hold: built before its first step, stepped beside it, compared by `check`.
 
+    With Rows and `lazy="exact"` it is a dense step, whose bits are those of rows that miss none.
+
     Options are those of `opt`, as its groups and attributes have them when the twin steps.
     `velocities` are leaves, those that the caller has given, or None.
     """
@@ -113,11 +119,19 @@ class Twin:
 
     def step(self, grads, grad_scale=1.0, rule_of=rule_of):
         """`grads` are leaves: one for each parameter, or None. Return whether it was applied."""
-        opt = self.opt
-        grads = [None if g is None else np.array(g, order="F" if p.flags.fnc else "C")
-                 for g, p in zip(grads, self.live, strict=True)]
-        grads = [None if g is None else widened(g) for g in grads]
-        self.norm = norm(grads, grad_scale) if (
+        opt, given, rows = self.opt, grads, {}
+        grads, measured = [], []
+        for i, (g, p) in enumerate(zip(given, self.live, strict=True)):
+            if isinstance(g, optcore.Rows):
+                rows[i], sums = summed_rows(g.indices, widened(g.values))
+                grads.append(np.zeros(p.shape, sums.dtype))
+                grads[i][rows[i]] = sums
+                measured += [*sums]
+                continue
+            grads.append(None if g is None else widened(
+                np.array(g, order="F" if p.flags.fnc else "C")))
+            measured.append(grads[i])
+        self.norm = norm(measured, grad_scale) if (
             opt.track_grad_norm or opt.max_norm is not None) else None
         self.nonfinite = []
         if opt.skip_nonfinite or self.norm is not None:
@@ -133,7 +147,7 @@ class Twin:
         for group in opt.param_groups:
             numbers = {name: number_now(group[name], self.count)
                        for name in [*OPTIONS, "nesterov", "lr_in_velocity"]}
-            numbers["rounding"] = group["rounding"]
+            numbers.update(rounding=group["rounding"], lazy=group["lazy"])
             groups += [numbers] * len(group["params"])
         for i, (g, group) in enumerate(zip(grads, groups, strict=True)):
             if g is None:
@@ -146,14 +160,20 @@ class Twin:
             halved = self.types[i] in FRACTION_BITS and self.masters[i] is None
             how = {"rounding": group["rounding"],
                    "noise_key": noise_key(opt.seed, self.count, i)}
-            exact, _ = rule.reference(
+            reference, there = rule.reference, slice(None)
+            if i in rows and group["lazy"] == "rows":
+                there = rows[i]
+                reference = functools.partial(rule.rows_reference, there)
+            exact, _ = reference(
                 x, g, [widened(self.velocities[i])] if rule.states else [], options)
-            x, states = rule.reference(
+            x, states = reference(
                 np.array(rounded(x, self.types[i]), order=order) if halved else x, g,
                 [self.velocities[i]] if rule.states else [], options, **how)
             if opt.ema_decay is not None:
-                self.averages[i] = averaged(
-                    self.averages[i], exact, number_now(opt.ema_decay, self.count))
+                average = self.averages[i].copy()
+                average[there] = averaged(
+                    average, exact, number_now(opt.ema_decay, self.count))[there]
+                self.averages[i] = average
             self.params[i] = widened(x)
             self.before.pop(i, None)
             if states:
@@ -210,7 +230,7 @@ class Twin:
         first = next(float(w) for w in weights if w)
         with np.errstate(all="ignore"):
             sums = [None if ps[0] is None else
-                    added(ps, [float(w) / first for w in weights])
+                    added([widened(p) for p in ps], [float(w) / first for w in weights])
                     for ps in zip(*replicas, strict=True)]
         return self._step_towards(sums, first / whole, grad_scale)
 
@@ -248,21 +268,15 @@ class Twin:
 
 
 def summed(arrays, weights):
-    """What a step adds up of one parameter's arrays, one of each replica."""
+    """What a step adds up of one parameter's gradients, one of each replica."""
     if arrays[0] is None:
         return None
-    if weights is not None:
-        return weighted([widened(a) for a in arrays], weights)
-    return added(arrays, [1.0] * len(arrays))
-
-
-def added(arrays, factors):
-    """What a step adds up of arrays, each times a factor."""
-    real = widened(arrays[0]).dtype.type
-    total = real(factors[0]) * widened(arrays[0])
-    for factor, a in zip(factors[1:], arrays[1:], strict=True):
-        total = total + real(factor) * widened(a)
-    return total
+    factors = [1.0] * len(arrays) if weights is None else shares(weights)
+    if isinstance(arrays[0], optcore.Rows):
+        indices, values = [rows.indices for rows in arrays], [widened(r.values) for r in arrays]
+        values = [v.dtype.type(factor) * v for v, factor in zip(values, factors, strict=True)]
+        return optcore.Rows(*summed_rows(np.concatenate(indices), np.concatenate(values)))
+    return added([widened(a) for a in arrays], factors)
 
 
 def frozen(thing):
