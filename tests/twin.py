@@ -160,7 +160,7 @@ class Twin:
             halved = self.types[i] in FRACTION_BITS and self.masters[i] is None
             how = {"rounding": group["rounding"],
                    "noise_key": noise_key(opt.seed, self.count, i)}
-            reference, there = rule.reference, slice(None)
+            reference, there = rule.reference, ...
             if i in rows and group["lazy"] == "rows":
                 there = rows[i]
                 reference = functools.partial(rule.rows_reference, there)
