@@ -124,6 +124,7 @@ VALUES = {
     "nesterov": (True, False, 2), "lr_in_velocity": (False, False, True),   # which must stay
     "master": ("auto", "auto", None), "velocity_dtype": (None, None, "bfloat16"),   # so must these
     "rounding": ("nearest", "stochastic", "up"),
+    "lazy": ("rows", "exact", "most"),
 }
 
 
