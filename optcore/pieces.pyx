@@ -37,7 +37,6 @@ import numpy as np
 
 from optcore._arena import allocate_like
 from optcore.plan import BOUND
-from optcore.structure import abridged
 
 import_array()
 

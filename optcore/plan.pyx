@@ -387,8 +387,6 @@ cdef class Plan(Table):
                 tensors, n, step.n_elements, self._join_squares
             )
             nonfinite = self._norm.nonfinite
-            if step.has_rows:
-                nonfinite = list(dict.fromkeys([self._by_row.owner(i) for i in nonfinite]))
             skips = self._own.skip_nonfinite and len(nonfinite) > 0
             if clips or self._own.track_grad_norm:
                 grad_norm = norm
@@ -604,8 +602,8 @@ cdef class Plan(Table):
 
         With ``lazy="exact"`` the rows of a parameter that `Rows` step are brought up to date when
         they are next touched. Until then they are as they were; this makes them what a gradient
-        of zero in every step since would have made them. State dictionaries, checkpoints and
-        copies do it by themselves, and so does a step with a whole gradient.
+        of zero in every step since would have made them. State dictionaries and
+        checkpoints do it by themselves, and so does a step with a whole gradient.
 
         Parameters
         ----------
@@ -867,7 +865,7 @@ cdef object zero_bound(Plan self, object _, object __, object ___):
 
 
 cdef object catch_up_some(Plan self, object key, object rows, object _):
-    cdef Py_ssize_t i, n_rows
+    cdef Py_ssize_t i
     cdef History history
     if key is None and rows is not None:
         raise TypeError("key must say whose rows they are, got None")

@@ -55,7 +55,7 @@ cdef class RowTensors:
     cdef const uint32_t *_stamps                                # NULL: none are kept
     cdef list _touched                  # (history, parameter, its rows' first and end)
     cdef int clear(
-        self, Py_ssize_t n_tensors, Py_ssize_t n_positions, Py_ssize_t n_partials
+        self, Py_ssize_t n_tensors, Py_ssize_t n_positions, Py_ssize_t n_chunks
     ) except -1
     cdef Tensor *add_whole(self, const Tensor *t, Py_ssize_t i) noexcept
     cdef void begin_rows(
@@ -66,7 +66,6 @@ cdef class RowTensors:
         self, const Tensor *t, Py_ssize_t i, list sets, Py_ssize_t j, History history
     ) noexcept
     cdef void key_noise(self, const Tensor *tensors) noexcept
-    cdef Py_ssize_t owner(self, Py_ssize_t k) noexcept
     cdef void stamp(self, const Tensor *tensors) noexcept
 
 

@@ -16,7 +16,6 @@ from numpy cimport PyArray_DATA, PyArray_DIM, PyArray_ITEMSIZE, PyArray_NDIM, im
 
 from optcore.arrays cimport as_ndarray, fits, is_tensor, may_meet, spell, stream_of
 from optcore.memory cimport zeroed
-from optcore.noise cimport key_of
 from optcore.parallel cimport sweep_all
 from optcore.simd cimport prefetch
 from optcore.storage cimport FLOAT64, stream_at, stream_from
@@ -154,7 +153,7 @@ cdef object as_gradient(object given, bint written, Label label):
 
 
 cdef bint is_rows_of(Rows rows, ndarray param) noexcept:
-    """Whether they are, in one piece, what their making checked and what the parameter's rows are."""
+    """Whether they are yet what their making checked, and what the parameter's rows are."""
     cdef int axis
     cdef ndarray indices = rows.indices, values = rows.values
     if PyArray_NDIM(values) != PyArray_NDIM(param) or PyArray_NDIM(indices) != 1 or (
@@ -278,7 +277,7 @@ cdef class History:
         cdef Py_ssize_t i
         cdef const Run *runs = <const Run *>self._runs.at
         cdef Linear[2] wide = [self._high, self._low]
-        return restored, (
+        return _restored, (
             self.n_rows, self.clock, self._stamps,
             [(runs[i].begin, runs[i].first_power) for i in range(self._n_runs)],
             (<char *>self._powers.at)[:self._n_powers * sizeof(Linear)],
@@ -503,7 +502,7 @@ cdef void catch_up_rows(const Tensor *t, History history, ndarray rows) noexcept
     sweep_batch(&batch)
 
 
-def restored(n_rows, clock, ndarray stamps, list runs, bytes powers, bytes wide, hand, done):
+def _restored(n_rows, clock, ndarray stamps, list runs, bytes powers, bytes wide, hand, done):
     """Return the history that `History.__reduce__` has taken apart."""
     cdef History history = History(n_rows)
     cdef Py_ssize_t i
@@ -538,7 +537,7 @@ cdef class RowTensors:
         self._slots = Buffer()
 
     cdef int clear(
-        self, Py_ssize_t n_tensors, Py_ssize_t n_positions, Py_ssize_t n_partials
+        self, Py_ssize_t n_tensors, Py_ssize_t n_positions, Py_ssize_t n_chunks
     ) except -1:
         """Begin anew, with room for so many."""
         self._tensors.grow(n_tensors, sizeof(Tensor))
@@ -550,7 +549,7 @@ cdef class RowTensors:
         self._numbers.grow(n_positions, sizeof(Py_ssize_t))
         self._counts.grow(n_positions, sizeof(Py_ssize_t))
         self._slots.grow(4 * n_positions, sizeof(Py_ssize_t))
-        self._partials.grow(n_partials, sizeof(Partial))
+        self._partials.grow(n_chunks, sizeof(Partial))
         self.at = <Tensor *>self._tensors.at
         self.n = self.n_elements = self._n_rows = self._n_grads = self._n_partials = 0
         self._touched = []
@@ -658,11 +657,7 @@ cdef class RowTensors:
         """Take over the keys of this step's noise."""
         cdef Py_ssize_t k
         for k in range(self.n):
-            self.at[k].key = tensors[self.owner(k)].key
-
-    cdef Py_ssize_t owner(self, Py_ssize_t k) noexcept:
-        """The parameter that tensor k is of."""
-        return (<const Py_ssize_t *>self._owners.at)[k]
+            self.at[k].key = tensors[(<const Py_ssize_t *>self._owners.at)[k]].key
 
     cdef void stamp(self, const Tensor *tensors) noexcept:
         """Note that the step was taken."""

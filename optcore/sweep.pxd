@@ -28,7 +28,7 @@ cdef struct Partial:        # one CHUNK's share of the norm
     double squares
     Py_ssize_t nonfinite
 
-# What steps under a gradient of zero, of which there may have been many, make of x and its velocity v
+# What steps under a gradient of zero, however many, make of x and its velocity v
 cdef struct Linear:
     double xx, xv               # x = xx * x + xv * v
     double vx, vv               # v = vx * x + vv * v

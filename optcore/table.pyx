@@ -728,7 +728,7 @@ cdef class Table:
             rule = self._groups.at[slot.group].rule
             reason = None
             if self._averages is not None:
-                reason = "ema_decay=None: an average of what a row was between its steps is not kept"
+                reason = "ema_decay=None: what a row was between its steps is nowhere to average"
             elif is_rounded(self._tensors[i].param.storage) or (
                 self._velocity >= 0 and is_rounded(self._state_storage(i, self._velocity))
             ):
@@ -745,7 +745,7 @@ cdef class Table:
                 )
         stream[0] = stream_of(rows.values)
         if stream.data == NULL or len(rows) == 0:
-            stream.data = self._tensors[i].param.data       # for there is a gradient, if an empty one
+            stream.data = self._tensors[i].param.data       # there is a gradient, if an empty one
         slot.by_rows = step.has_rows = True
         return 0
 
@@ -768,7 +768,7 @@ cdef class Table:
         return 0
 
     cdef int _lay_rows(self, list sets, tuple names, Step *step) except -1:
-        """Make the tensors of a step that has Rows: of each row one, of other parameters as is."""
+        """Make the tensors of a step that has Rows, which say over which rows they are."""
         cdef Py_ssize_t i, j, k, n_rows, n_positions = 0, n_partials = 0
         cdef Tensor *t
         cdef History history
@@ -794,14 +794,13 @@ cdef class Table:
                 self._by_row.add_whole(t, i)
                 continue
             n_rows = PyArray_DIM(<ndarray>self._params[i], 0)
-            history = self._histories[i]
+            history = None
             if not self._skips_rows(i):
-                if history is None:
-                    history = self._histories[i] = History(n_rows)
+                if self._histories[i] is None:
+                    self._histories[i] = History(n_rows)
                     self._any_history = True
+                history = self._histories[i]
                 history.prepare()
-            if self._skips_rows(i):
-                history = None
             self._by_row.begin_rows(lengths[j], self._width_of(i), history)
             for k in range(len(sets)):
                 self._by_row.take_rows(
