@@ -476,7 +476,7 @@ cdef void catch_up_between(
 
 cdef ndarray rows_in(object rows, Py_ssize_t n_rows):
     """Return numbers of rows as int64, checked."""
-    rows = np.asarray(rows if is_array(rows) else list(rows))
+    rows = np.asarray(rows)
     if rows.size == 0:
         return np.empty(0, np.int64)
     if rows.dtype.kind not in "iu":
