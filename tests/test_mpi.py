@@ -29,6 +29,7 @@ import pytest
 
 import optcore
 from mpiexec import find_mpiexec, run_ranks
+from optcore.arrays import widen
 from reference import RULES, rounded, same_bits
 
 RANKS = [1, 2, 3, 4]
@@ -544,7 +545,8 @@ def with_small_counts(comm, limit):
 
     def small(name, count):
         def call(self, *buffers, **options):
-            if count([b for b in buffers if isinstance(b, np.ndarray)]) > limit:
+            arrays = [b[0] if isinstance(b, tuple) else b for b in buffers]
+            if count([a for a in arrays if isinstance(a, np.ndarray)]) > limit:
                 raise MPI.Exception(MPI.ERR_ARG)
             return getattr(MPI.Intracomm, name)(self, *buffers, **options)
         return call
@@ -563,6 +565,7 @@ def with_small_counts(comm, limit):
         "Allreduce": lambda arrays: arrays[0].size,
         "Reduce_scatter_block": lambda arrays: arrays[1].size,
         "Allgather": lambda arrays: arrays[0].size // comm.size,
+        "Allgatherv": lambda arrays: arrays[0].size,
     }.items()} | {name: small_pickle(name) for name in ("bcast", "allgather")}
     return type("SmallCounts", (MPI.Intracomm,), methods)(comm)
 
@@ -756,6 +759,279 @@ def schedules_and_options_edited_between_steps(comm):
         assert_same(opt.ema, one.ema)
 
 
+def tables(seed=0):
+    """Of all types and of one to three dimensions, and a parameter that gets whole gradients."""
+    rng = np.random.default_rng(seed)
+    return {
+        "t": rng.standard_normal((40, 3)).astype(np.float32), "d": rng.standard_normal(25),
+        "w": rng.standard_normal((7, 2)).astype(np.float32),
+        "h": rounded(rng.standard_normal((30, 2, 2)).astype(np.float32), "bfloat16"),
+        "e": np.zeros((9, 0), np.float32), "u": rng.standard_normal((20, 5)).astype(np.float32),
+    }
+
+
+def wide(rows, dtype):
+    """The same rows in the type that they are added in."""
+    values = np.empty(rows.values.shape, dtype)
+    widen(rows.values, values)
+    return optcore.Rows(rows.indices, values)
+
+
+def row_gradients(step, rank):
+    """Rows whose numbers and types differ from rank to rank, some of none; a whole gradient."""
+    rng = np.random.default_rng((step, rank))
+    grads = {"w": rng.integers(-64, 65, (7, 2)).astype(np.float32) / 64}
+    for i, (key, param) in enumerate(tables().items()):
+        if key not in grads:
+            n = [3, 0, 12, 1][(step + rank + i) % 4]
+            values = rng.standard_normal((n, *param.shape[1:]))
+            if key != "d":
+                name = ["float32", "bfloat16", "float16"][(step + rank + i) % 3]
+                values = np.array(rounded(values.astype(np.float32), name))
+            indices = rng.integers(0, len(param), n)
+            grads[key] = optcore.Rows(indices.astype([np.int32, np.int64][rank % 2]), values)
+    return {**grads, "u": None} if step % 3 == 1 else grads
+
+
+def joined(sets):
+    """What one process steps with in the place of all these."""
+    grads = {}
+    for key in sets[0]:
+        of_all = [each[key] for each in sets]
+        if isinstance(of_all[0], optcore.Rows):
+            dtype = np.float64 if key == "d" else np.float32
+            grads[key] = optcore.Rows.concatenate([wide(rows, dtype) for rows in of_all])
+        else:
+            grads[key] = None if of_all[0] is None else sum(of_all)
+    return grads
+
+
+ROW_OPTIONS = [
+    {"momentum": 0.9, "dampening": 0.25, "weight_decay": 0.1, "track_grad_norm": True},
+    {"momentum": 0.9, "nesterov": True, "max_norm": 0.5, "lr": lambda step: 0.1 / (1 + step)},
+    {"momentum": 0.9, "lr_in_velocity": True, "clip_value": 0.25, "skip_nonfinite": True},
+    {"momentum": 0.9, "lazy": "rows", "ema_decay": 0.75, "master": None, "seed": 7},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+]
+
+
+def row_optimizer(params, *comm, **options):
+    from optcore.mpi import DataParallelSGD
+
+    return (DataParallelSGD if comm else optcore.SGD)(params, *comm, **{"lr": 0.1, **options})
+
+
+@scenario
+def rows_have_the_bits_of_one_process(comm):
+    """That steps the rows of all ranks, one rank's after the other's, whatever they are."""
+    for options in ROW_OPTIONS:
+        ours, theirs = tables(comm.rank), tables()
+        opt, one = row_optimizer(ours, comm, **options), row_optimizer(theirs, **options)
+        for k in range(9):
+            sets = [row_gradients(k, rank) for rank in range(comm.size)]
+            assert opt.step(sets[comm.rank], grad_scale=0.5)
+            if k % 2:
+                one.step_replicas(sets, grad_scale=0.5)
+            else:
+                one.step(joined(sets), grad_scale=0.5 / comm.size)
+            assert opt.grad_norm == one.grad_norm
+            assert_ranks_agree(comm, ours.values())     # also in rows that are behind
+            assert_same(ours.values(), theirs.values())
+            if k in (3, 6):     # each rank reads rows of its own, which all bring up to date
+                reads = [np.arange(rank, 20, 2) for rank in range(comm.size)]
+                opt.catch_up("t", reads[comm.rank])
+                one.catch_up("t", np.concatenate(reads))
+                opt.catch_up(5, [] if comm.rank else [[1, 2], [19, 1]])
+                one.catch_up(5, [1, 2, 19])
+                assert_ranks_agree(comm, ours.values())
+            if k == 5:
+                opt.catch_up("h", comm.rank)
+                one.catch_up("h", range(comm.size))
+                opt.catch_up("d")
+                one.catch_up("d")
+                assert_same(ours.values(), theirs.values())
+        assert_same_states(opt, one)
+        assert_same(ours.values(), theirs.values())
+
+
+@scenario
+def rows_are_gathered_and_no_table_is_sent(comm):
+    """In pieces of any size, with the same bits."""
+    from mpi4py import MPI
+
+    from optcore import mpi
+
+    calls = []
+
+    class Noted(MPI.Intracomm):
+        def Allreduce(self, *buffers):      # noqa: N802
+            calls.append(buffers[1].size if buffers[0] is MPI.IN_PLACE else buffers[0].size)
+            return MPI.Intracomm.Allreduce(self, *buffers)
+
+    whole, results = mpi.MAX_COUNT, []
+    for limit in (whole, 5):
+        mpi.MAX_COUNT = limit
+        try:
+            params = tables()
+            opt = row_optimizer(params, Noted(comm) if limit == whole else
+                                with_small_counts(comm, limit), momentum=0.9)
+            for k in range(3):
+                calls.clear()
+                opt.step(row_gradients(k, comm.rank))
+                assert limit < whole or calls == [3, 256]       # the votes, w and its padding
+            opt.catch_up("t", np.arange(comm.rank, 20))
+            results.append(params.values())
+        finally:
+            mpi.MAX_COUNT = whole
+    assert_same(*results)
+
+
+@scenario
+def rows_that_are_behind_are_saved_and_loaded(comm):
+    """All ranks bring them up to date before one of them reads a state, or none does."""
+    folder = Path(comm.bcast(os.environ["OPTCORE_TEST_FOLDER"]))
+    ours, theirs = tables(), tables()
+    opt, one = (row_optimizer(p, *link, momentum=0.9) for p, link in ((ours, [comm]), (theirs, [])))
+
+    def step(k):
+        sets = [row_gradients(k, rank) for rank in range(comm.size)]
+        opt.step(sets[comm.rank])
+        one.step(joined(sets), grad_scale=1 / comm.size)
+
+    for k in range(5):
+        step(k)
+    opt.save(folder / "rows", include_params=True)
+    assert_same_states(opt, one)
+    for base, link in ((optcore.SGD, {}), (type(opt), {"comm": comm})):
+        loaded = tables(1)
+        again = base.load(folder / "rows", loaded, **link)
+        assert_same_states(again, opt)
+        assert_same(loaded.values(), ours.values())
+    step(5)
+    opt.restore(folder / "rows")        # what was missed since is of no more interest
+    again.step(row_gradients(0, comm.rank))
+    opt.step(row_gradients(0, comm.rank))
+    assert_same_states(again, opt)
+    assert_same(loaded.values(), ours.values())
+    opt.step(row_gradients(6, comm.rank))
+    opt.catch_up()
+    if comm.rank == 0:
+        opt.state_dict()                # sends nothing then
+    opt.step(row_gradients(7, comm.rank))
+    # What one rank refuses moves no row on the others, whose bits would part from its own.
+    last = comm.rank == comm.size - 1
+    new = {"params": {"new": np.ones(3)}}
+    assert_all_raise(comm, TypeError, "param_group must be", opt.add_param_group,
+                     [new] if last else new)
+    opt.step(row_gradients(8, comm.rank))
+    opt.param_groups[0]["lr"] = -1.0 if last else 0.1
+    assert_all_raise(comm, ValueError, "lr must be", opt.save, folder / "none")
+    opt.param_groups[0]["lr"] = 0.1
+    opt.add_param_group(new)
+    opt.step({**row_gradients(9, comm.rank), "new": np.ones(3)})
+    opt.catch_up()
+    assert_ranks_agree(comm, ours.values())
+
+
+@scenario
+def rows_that_are_refused(comm):
+    """On one rank, or by a class: all raise, and nothing has changed."""
+    from optcore.mpi import ShardedSGD
+
+    last = comm.rank == comm.size - 1
+    params = tables()
+    opt = row_optimizer(params, comm, momentum=0.9, skip_nonfinite=True)
+    opt.step(row_gradients(0, comm.rank))
+    before = copies(params.values())
+    grads = row_gradients(2, comm.rank)
+    for rows, error, words in [
+        (optcore.Rows([3, 40], np.zeros((2, 3), np.float32)), IndexError, "got 40 at position 1"),
+        (optcore.Rows([3, -1], np.zeros((2, 3), np.float32)), IndexError, "got -1 at position 1"),
+        (optcore.Rows([3], np.zeros((1, 2), np.float32)), ValueError, "('t') must have values of"),
+        (optcore.Rows([3], np.zeros((1, 3))), TypeError, "('t') has dtype float64"),
+    ]:
+        given = {**grads, "t": rows} if last else grads
+        assert_all_raise(comm, error, words, opt.step, given)
+    assert_all_raise(comm, TypeError, "zeroed", opt.step, grads, zero_grad=True)
+    if comm.size > 1:
+        for other, words in [(np.zeros_like(params["t"]), "grads that are Rows at [1, 3, 4, 5]"),
+                             (None, "grads that are None at [0]")]:
+            given = {**grads, "t": other} if last else grads
+            assert_all_raise(comm, ValueError, words, opt.step, given)
+        for key, rows in [("d" if last else "t", [1]), ("t", None if last else [1])]:
+            assert_all_raise(comm, ValueError, "ranks must agree, got catch_up(", opt.catch_up,
+                             key, rows)
+        alone = opt.state_dict if comm.rank == 0 else functools.partial(opt.step, grads)
+        assert_all_raise(comm, ValueError, "got catch_up(None) of all rows on rank 0", alone)
+    for key, rows, error, words in [
+        ("t", [1, 40], IndexError, "got 40 at position"), ("t", [0.5], TypeError, "integers"),
+        ("t", [True], TypeError, "integers"), ("no", [1], KeyError, "got 'no'"),
+        (None, [1], TypeError, "key must say whose"), (9, None, IndexError, "got 9"),
+    ]:
+        given = (key, rows) if last or key != "t" else ("t", [1])
+        assert_all_raise(comm, error, words, opt.catch_up, *given)
+    held = params["u"]
+    params["u"] = held.copy() if last else held
+    assert_all_raise(comm, ValueError, "('u') is another array", opt.catch_up)
+    params["u"] = held
+    assert_same(params.values(), before)
+    assert opt.step_count == 1
+    if last:
+        grads["d"] = optcore.Rows([2, 2], np.array([np.inf, 0]))
+    assert opt.step(grads) is False
+    assert opt.nonfinite_params == ["d"]
+    assert_same(params.values(), before)
+    opt.step(row_gradients(3, comm.rank))
+    opt.catch_up()
+    assert_ranks_agree(comm, params.values())
+
+    sharded = ShardedSGD(params, comm, lr=0.1, momentum=0.9, ema_decay=0.5)
+    before = copies(params.values())
+    whole = {key: np.zeros_like(p) for key, p in params.items()}
+    for given in (row_gradients(0, comm.rank), row_gradients(0, comm.rank) if last else whole):
+        assert_all_raise(comm, TypeError, "got Rows at [0, 1, 3, 4, 5]: ShardedSGD", sharded.step,
+                         given)
+    assert sharded.step_count == 0
+    assert_same(params.values(), before)
+
+
+@scenario
+def local_steps_take_rows(comm):
+    """Which inner catches up before parameters are averaged, or written over."""
+    from optcore.mpi import LocalSGD
+
+    inner = {"lr": 0.05, "momentum": 0.9}
+    outer = {"lr": 0.7, "momentum": 0.5}
+    ours = list(tables().values())
+    opt = LocalSGD(ours, comm, inner=optcore.SGD(ours, **inner), sync_every=3, **outer)
+    one = Alone(list(tables().values()), comm.size, inner, outer)
+    keys = list(tables())
+
+    def step(k):
+        sets = [[row_gradients(k, rank)[key] for key in keys] for rank in range(comm.size)]
+        one.step(sets)
+        opt.step(sets[comm.rank])
+
+    for k in range(9):
+        step(k)
+        if k % 3 == 2:
+            one.sync()
+            assert_ranks_agree(comm, ours)
+        if comm.size <= 2:
+            assert_same(ours, one.replicas[comm.rank])
+    for begin in (lambda: opt.load_state_dict(opt.state_dict()),
+                  lambda: LocalSGD(ours, comm, inner=opt.inner, sync_every=3, **outer)):
+        for k in (0, 3):
+            opt.inner.step([row_gradients(k, comm.rank)[key] for key in keys])
+        expected, inner = copy.deepcopy((ours, opt.inner))
+        inner.catch_up()
+        assert not same_bits(expected[0], ours[0])
+        begin()
+        assert_same(ours, comm.bcast(expected))
+        opt.inner.catch_up()
+        assert_same(ours, comm.bcast(expected))
+
+
 @scenario
 def memory_is_shared_out(comm):
     x = np.zeros(10_000, np.float32)
@@ -781,8 +1057,8 @@ def what_has_no_meaning_is_refused(comm):
     everywhere = {"step_replicas": "the ranks are the replicas", "stepping": "a whole step",
                   "outer_step": "LocalSGD(params, comm, ...).sync()", "accumulating": "the mean",
                   "collecting": "LocalSGD(params, comm, ...).sync()"}
-    sharded = {**everywhere, "add_param_group": "by_name=True"}
-    inner = ("step_replicas", "stepping", "accumulating", "accumulate", "zero_grad")
+    sharded = {**everywhere, "add_param_group": "by_name=True", "catch_up": "within rows"}
+    inner = ("step_replicas", "stepping", "accumulating", "accumulate", "zero_grad", "catch_up")
     local = {**sharded, **{name: f"call opt.inner.{name}()" for name in inner}}
     for cls, refused in zip((*classes(), LocalSGD), (everywhere, sharded, local), strict=True):
         opt = cls(model(), comm, lr=0.1)
@@ -925,6 +1201,8 @@ class Alone:
             opt.step(grads)
 
     def sync(self):
+        for opt in self.inner:
+            opt.catch_up()
         return self.outer.outer_step(self.replicas, write_back=True)
 
 

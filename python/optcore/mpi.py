@@ -13,7 +13,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +32,7 @@ from optcore._structure import Group
 from optcore.arrays import has_nonzero, name_of_dtype, widen
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import BOUND, RUN
+from optcore.rows import Rows
 from optcore.sgd import SGD
 from optcore.structure import Nest
 
@@ -142,6 +143,30 @@ def _join_squares(
     return float(sums[0]), np.flatnonzero(sums[1:]).tolist()
 
 
+def _send_shards(comm: MPI.Intracomm, shards: list[np.ndarray]) -> None:
+    """Give all ranks each one's shard where one call cannot: pieces of the shards lie apart."""
+    for rank, shard in enumerate(shards):
+        for piece in _pieces(shard):
+            comm.Bcast(piece, root=rank)
+
+
+def _join(comm: MPI.Intracomm, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Return each of these flat arrays of one dtype with those of all ranks, in their order."""
+    n = len(arrays)
+    sizes = np.empty((comm.size, n), np.int64)
+    comm.Allgather(np.array([array.size for array in arrays], np.int64), sizes)
+    counts = sizes.sum(axis=1)
+    whole = np.empty(counts.sum(), arrays[0].dtype)
+    shards = np.split(whole, counts.cumsum()[:-1])
+    np.concatenate(arrays, out=shards[comm.rank])
+    if whole.size <= MAX_COUNT:
+        comm.Allgatherv(MPI.IN_PLACE, (whole, counts))
+    else:
+        _send_shards(comm, shards)
+    parts = np.split(whole, sizes.ravel().cumsum()[:-1])
+    return [np.concatenate(parts[k::n]) for k in range(n)]
+
+
 def _places(arrays: list[np.ndarray]) -> set[tuple[int, int]]:
     return {(array.ctypes.data, array.nbytes) for array in arrays}
 
@@ -177,6 +202,14 @@ class _Flat:
         size = comm.size * self.share
         self.whole = np.zeros(size, np.float64 if name == "float64" else np.float32)
         self.bits = self.whole.view(np.uint16)[:size]
+
+    def without(self, left_out: Container[int]) -> list[np.ndarray]:
+        """Return the buffer but for the places of some arrays."""
+        bounds = [*(place.start for place in self.places.values()), self.whole.size]
+        runs = itertools.groupby(zip(self.places, bounds, bounds[1:], strict=False),
+                                 lambda span: span[0] in left_out)
+        kept = [list(run) for out, run in runs if not out]
+        return [self.whole[run[0][1] : run[-1][2]] for run in kept]
 
     def cut(self, i: int) -> tuple[slice, slice]:
         """Return this rank's part of array `i`, often empty, and where in the shard it lies."""
@@ -243,9 +276,10 @@ def _refused(name: str, why: str) -> Callable[..., Any]:
 class _Distributed(SGD):
     """What the optimizers share: agreement, the order of a step, and checkpoints."""
 
-    __slots__ = ("_averaged", "_comm", "_flats", "_packed")
+    __slots__ = ("_averaged", "_comm", "_flats", "_lags", "_packed")
 
     _comm: MPI.Intracomm
+    _lags: bool                     # whether rows may have steps to catch up, on all ranks alike
     _flats: list[_Flat]
     _packed: list[np.ndarray]       # in those, a place for each gradient
     _averaged: list[np.ndarray]     # where the averaged gradients of this rank's plan appear
@@ -253,7 +287,7 @@ class _Distributed(SGD):
     def __init__(self, params: Any, comm: MPI.Intracomm, **options: Any) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an MPI intracommunicator, got {type(comm).__name__}")
-        self._comm = comm
+        self._comm, self._lags = comm, False
 
         def build() -> tuple[None, list[str]]:
             SGD.__init__(self, params, **options)
@@ -311,8 +345,11 @@ class _Distributed(SGD):
         """The plan over the caller's whole arrays, which knows what gradients must be."""
         raise NotImplementedError
 
-    def _reduce(self) -> None:
-        """Sum the packed gradients over all ranks into `_averaged`, which `step` scales."""
+    def _reduce(self, left_out: Container[int] = ()) -> None:
+        """Sum the packed gradients over all ranks into `_averaged`, which `step` scales.
+
+        There is nothing in the places of those `left_out`.
+        """
         raise NotImplementedError
 
     def _share_params(self) -> None:
@@ -337,40 +374,67 @@ class _Distributed(SGD):
         """Take one step with the mean of all ranks' gradients.
 
         Parameters and return value are those of `optcore.SGD.step`. `grad_scale` multiplies
-        the mean; a gradient of None must be None on every rank.
+        the mean; a gradient of None must be None on every rank, and where one is Rows all are, of
+        any number of rows.
 
         Raises
         ------
         TypeError, ValueError, RuntimeError
             As `optcore.SGD.step`, on all ranks where it is raised on one; ValueError also where
-            ranks disagree on options, step count or gradients of None. Nothing has changed then.
+            ranks disagree on options, step count or gradients of None or Rows. Nothing has changed
+            then.
         """
-        def check() -> tuple[tuple[tuple[Any, ...], Any, float, float], list[str]]:
+        def check() -> tuple[tuple[Any, ...], list[str]]:
             listed, values, decay = self._checking._check_step(grads, grad_scale, zero_grad)
-            own = self._structured([
-                None if gradient is None else average
-                for gradient, average in zip(listed, self._averaged, strict=True)
-            ])
-            if self._checking is not self:      # schedules are asked once, by the plan that steps
-                _, values, decay = self._check_step(own, grad_scale, False)
+            own = [None if gradient is None else average
+                   for gradient, average in zip(listed, self._averaged, strict=True)]
             missing = [i for i, gradient in enumerate(listed) if gradient is None]
+            by_rows = [i for i, gradient in enumerate(listed) if type(gradient) is Rows]
+            if self._checking is not self:      # schedules are asked once, by the plan that steps
+                if by_rows:
+                    raise TypeError(
+                        f"grads must be arrays, got Rows at {by_rows}: {type(self).__name__} cuts "
+                        "parameters within rows; DataParallelSGD takes them"
+                    )
+                _, values, decay = self._check_step(self._structured(own), grad_scale, False)
             scale = float(grad_scale)
-            return (listed, own, scale, decay), [
+            lags = bool(by_rows) and any(group["lazy"] == "exact" for group in values)
+            return (listed, own, lags, scale, decay), [
                 f"grad_scale={scale!r}", f"grads that are None at {missing}",
-                *self._step_lines(values, decay),
+                f"grads that are Rows at {by_rows}", *self._step_lines(values, decay),
             ]
 
-        listed, own, scale, decay = _agree(self.comm, check)
-        for packed, gradient in zip(self._packed, listed, strict=True):
-            if gradient is not None:
-                widen(gradient, packed)
-        self._reduce()
-        stepped = self._step_as_checked(own, scale / self.comm.size, decay)
+        listed, own, lags, scale, decay = _agree(self.comm, check)
+        self._lags |= lags
+        left_out = {i for i, gradient in enumerate(listed) if not isinstance(gradient, np.ndarray)}
+        for i, packed in enumerate(self._packed):
+            if i not in left_out:
+                widen(listed[i], packed)
+        self._reduce(left_out)
+        self._join_rows(listed, own)
+        stepped = self._step_as_checked(self._structured(own), scale / self.comm.size, decay)
         if stepped:
             self._share_params()
         if zero_grad:
             _zero(listed)
         return stepped
+
+    def _join_rows(self, listed: Sequence[Any], into: list[Any]) -> None:
+        """Put in the place of each Rows those of all ranks, one rank's after the other's."""
+        for flat in self._flats:
+            there = [i for i in flat.places if type(listed[i]) is Rows]
+            if not there:
+                continue
+            own = [np.empty(listed[i].values.shape, flat.whole.dtype) for i in there]
+            for i, values in zip(there, own, strict=True):
+                widen(listed[i].values, values)
+            of_all = zip(
+                there, _join(self.comm, [listed[i].indices.astype(np.int64) for i in there]),
+                _join(self.comm, [values.ravel() for values in own]), strict=True
+            )
+            for i, indices, values in of_all:
+                shape = (len(indices), *listed[i].values.shape[1:])
+                into[i] = Rows(indices, values.reshape(shape))
 
     step_replicas = _refused(
         "step_replicas", "the ranks are the replicas; add up gradients with accumulate() and call "
@@ -486,6 +550,9 @@ class DataParallelSGD(_Distributed):
     over the ranks with Allreduce and steps with a scale of 1 / ranks. Ranks hold the same bits
     after every step: MPI gives them identical sums. Up to two ranks they are the bits of
     `optcore.SGD.step_replicas`; beyond, MPI chooses the order of the sum.
+
+    Rows are gathered by their indices: each rank steps those of all, one rank's after the other's.
+    While steps have left some behind, ``state_dict`` is collective, as `catch_up` is.
     """
 
     __slots__ = ()
@@ -512,6 +579,7 @@ class DataParallelSGD(_Distributed):
             different groups. Nothing has changed then.
         """
         n = len(self._whole_params)
+        self._settle_rows()
 
         def check() -> tuple[Any, list[str]]:
             groups, nests = self._with_group(param_group)
@@ -533,10 +601,46 @@ class DataParallelSGD(_Distributed):
     def _checking(self) -> SGD:
         return self
 
-    def _reduce(self) -> None:
+    def _reduce(self, left_out: Container[int] = ()) -> None:
         for flat in self._flats:
-            for piece in _pieces(flat.whole):
-                self.comm.Allreduce(MPI.IN_PLACE, piece)
+            for part in flat.without(left_out):
+                for piece in _pieces(part):
+                    self.comm.Allreduce(MPI.IN_PLACE, piece)
+
+    def catch_up(self, key: Any = None, rows: Any = None) -> None:
+        """Bring rows up to date before they are read, as `optcore.SGD.catch_up`. Collective.
+
+        What rounds at another time has other bits: every rank brings up to date what any of them
+        names, be it no row.
+
+        Raises
+        ------
+        KeyError, IndexError, TypeError, ValueError, RuntimeError
+            As there, on all ranks where it is raised on one, with the position among all ranks'
+            rows; ValueError also where ranks differ in `key`. Nothing has changed then.
+        """
+        def check() -> tuple[np.ndarray | None, list[str]]:
+            self._check_current()
+            lines = [f"catch_up({key!r}) of {'all' if rows is None else 'some'} rows"]
+            if rows is None:
+                return None, lines
+            given = np.asarray(rows).ravel()
+            # No row, or what it refuses: only checks
+            SGD.catch_up(self, key, given if given.dtype.kind not in "iu" else given[:0])
+            return given.astype(np.int64), lines
+
+        mine = _agree(self.comm, check)
+        SGD.catch_up(self, key, None if mine is None else _join(self.comm, [mine])[0])
+        self._lags = self._lags and key is not None
+
+    def _settle_rows(self) -> None:
+        """Bring all rows up to date on all ranks, lest one of them does it alone."""
+        if self._lags:
+            self.catch_up()
+
+    def _snapshot(self, include_params: bool = False, copies: bool = False) -> dict[str, Any]:
+        self._settle_rows()
+        return super()._snapshot(include_params, copies)
 
 
 class ShardedSGD(_Distributed):
@@ -571,7 +675,7 @@ class ShardedSGD(_Distributed):
         self._whole = SGD.__new__(SGD)      # without a velocity: it checks and never steps
         self._whole._build([
             group._replace(options={
-                **GROUP_OPTIONS, "lr": 0.0, "master": None,
+                **GROUP_OPTIONS, "lr": 0.0, "master": None, "lazy": "rows",
                 **{key: group.options[key] for key in ("params", "param_names")},
             }) for group in groups
         ], nest, options={}, grads=grads)
@@ -595,6 +699,9 @@ class ShardedSGD(_Distributed):
     add_param_group = _refused(
         "add_param_group", "it would share out all states anew; build one over all parameters and "
         "give it this one's state by load_state_dict(old.state_dict(), by_name=True)")
+
+    catch_up = _refused(
+        "catch_up", "it cuts parameters within rows and takes no Rows; DataParallelSGD does")
 
     @property
     def _checking(self) -> SGD:
@@ -633,10 +740,8 @@ class ShardedSGD(_Distributed):
                 shards[self.comm.rank][flat.cut(i)[1]] = _raw(parts[i])
             if whole.size <= MAX_COUNT:
                 self.comm.Allgather(MPI.IN_PLACE, whole)
-            else:       # pieces of the shards lie apart, and no one call takes those
-                for rank, shard in enumerate(shards):
-                    for piece in _pieces(shard):
-                        self.comm.Bcast(piece, root=rank)
+            else:
+                _send_shards(self.comm, shards)
             for i, place in there.items():
                 _flattened(_raw(into[i]), into[i])[...] = whole[place]
 
@@ -679,7 +784,7 @@ class ShardedSGD(_Distributed):
         """Set this rank's bound gradients to zero, as `optcore.SGD.zero_grad`."""
         self._whole.zero_grad()
 
-    def _reduce(self) -> None:
+    def _reduce(self, left_out: Container[int] = ()) -> None:
         for flat, sums in zip(self._flats, self._sums, strict=True):
             if flat.whole.size <= MAX_COUNT:
                 self.comm.Reduce_scatter_block(flat.whole, sums)
@@ -773,6 +878,7 @@ class LocalSGD(ShardedSGD):
         if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
             raise ValueError(f"sync_every must be a whole number >= 1, got {every!r}")
         self._check_arrays()
+        self._catch_up_inner()
 
     def _check_arrays(self) -> None:
         """Refuse parameters that are other arrays by now, or not those that `inner` steps."""
@@ -791,6 +897,7 @@ class LocalSGD(ShardedSGD):
     accumulating = _refused("accumulating", ROUND)
     accumulate = _refused("accumulate", INNER)
     zero_grad = _refused("zero_grad", INNER)
+    catch_up = _refused("catch_up", INNER)
 
     @property
     def inner(self) -> SGD | None:
@@ -868,7 +975,21 @@ class LocalSGD(ShardedSGD):
         self._check_arrays()
         return decay, self._step_lines(values, decay)
 
+    def _catch_up_inner(self) -> None:
+        """Have the parameters as `inner`'s steps make them, before they are read or written."""
+        if self._inner is not None:
+            self._inner.catch_up()
+
+    def _apply(self, state: State) -> None:
+        def catch_up() -> tuple[None, list[str]]:
+            self._catch_up_inner()
+            return None, []
+
+        _agree(self.comm, catch_up)
+        super()._apply(state)
+
     def _sync(self, decay: float) -> bool:
+        self._catch_up_inner()
         for packed, param in zip(self._packed, self._whole_params, strict=True):
             widen(param, packed)
         self._reduce()

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from optcore._structure import Group
 from optcore.options import OPTIMIZER_OPTIONS as OPTIMIZER_OPTIONS
+from optcore.rows import Rows
 from optcore.structure import Nest
 
 _Array = NDArray[np.float64] | NDArray[np.float32 | np.float16 | np.uint16]
@@ -73,7 +74,7 @@ class Plan:
     ) -> bool: ...
     def _check_step(
         self, grads: _Grads | object, grad_scale: float, zero_grad: bool
-    ) -> tuple[tuple[_Array | None, ...], list[dict[str, Any]], float]: ...
+    ) -> tuple[tuple[_Array | Rows | None, ...], list[dict[str, Any]], float]: ...
     def _step_as_checked(
         self, grads: _Grads | object, grad_scale: float, ema_decay: float,
         share: float | None = None,
