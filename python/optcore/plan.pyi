@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 from optcore._structure import Group
 from optcore.options import OPTIMIZER_OPTIONS as OPTIMIZER_OPTIONS
 from optcore.rows import Rows
+from optcore.rows import Rows
 from optcore.structure import Nest
 
 _Array = NDArray[np.float64] | NDArray[np.float32 | np.float16 | np.uint16]
-_Grads = _Array | Iterable[Any] | Mapping[Any, Any]     # arrays, None, and nests of them
+_Grads = _Array | Rows | Iterable[Any] | Mapping[Any, Any]     # arrays, None, and nests of them
 
 BOUND: object
 RUN: int
