@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 from optcore._structure import Group
 from optcore.options import OPTIMIZER_OPTIONS as OPTIMIZER_OPTIONS
 from optcore.rows import Rows
-from optcore.rows import Rows
 from optcore.structure import Nest
 
 _Array = NDArray[np.float64] | NDArray[np.float32 | np.float16 | np.uint16]
