@@ -32,6 +32,7 @@ import numpy as np
 from twin import OPTIONS, Twin, alike, leaves, like, number_now
 
 import optcore
+from optcore._state import STATE_VERSION
 from optcore.runtime import always_threaded, simd, simd_levels_available
 from reference import (
     BFLOAT16,
@@ -52,7 +53,7 @@ NUMBERS = ["lr", "momentum", "dampening", "weight_decay", "clip_value"]
 FLAGS = ["maximize", "decoupled_weight_decay", "lr_in_velocity", "flush_subnormals", "nesterov",
          "dampen_first"]
 CHOICES = {"master": ["auto", None, "split", "float32"], "rounding": ["stochastic", "nearest"],
-           "velocity_dtype": [None, "float32", "bfloat16"]}
+           "velocity_dtype": [None, "float32", "bfloat16"], "lazy": ["exact", "rows"]}
 LASTING = ["lr_in_velocity", "master", "velocity_dtype"]
 RECORDED = [*OPTIONS, "nesterov", "lr_in_velocity"]
 DEFAULTS = {name: getattr(Options(), name, False) for name in RECORDED} | {
@@ -217,6 +218,18 @@ def misaligned(a):
     return np.ndarray(a.shape, a.dtype, buffer=memory, offset=1)
 
 
+def arrays_of(gradient):
+    """What a gradient consists of."""
+    if isinstance(gradient, optcore.Rows):
+        return gradient.indices, gradient.values
+    return () if gradient is None else (gradient,)
+
+
+def flaws(refusal):
+    """One that may be several as a list."""
+    return refusal if isinstance(refusal, tuple) else (refusal,)
+
+
 class Life:
     """An optimizer, its twin, the caller's containers, and what may be done with them.
 
@@ -237,6 +250,7 @@ class Life:
             ["float32"], ["float64"], ["float32", "float64"], ["bfloat16"], ["float16"], IN_FLOAT32,
             [*DTYPES])
         self.mixes = self.chance()      # gradients of other types than their parameters'
+        self.by_rows = self.chance(0.6)     # gradients of some rows are among them
         self.mood = self.one_of("usual", "usual", "finite", "any")
         self.named = self.chance(0.7)
         self.trees = [self.new_tree() for _ in range(self.one_of(1, 1, 2))]
@@ -377,6 +391,38 @@ class Life:
         return self.laid(self.values(p.shape, self.type_beside(p)), p, self.one_of(
             "as p", "as p", "as p", "other", "strided", "reversed", *more))
 
+    def given(self, p):
+        """A gradient that a step is given: Rows may be among those."""
+        if not self.by_rows or self.chance(0.4) or self.rows_refusal(p):
+            return self.gradient(p)
+        return self.rows(p)
+
+    def rows(self, p):
+        k = self.one_of(0, 1, 1, 2, 3, 3 * len(p)) % 100 if len(p) else 0
+        indices = [self.random.randrange(len(p)) for _ in range(k)]
+        return optcore.Rows(
+            self.one_of(np.array(indices, np.int32), np.array(indices, np.int64), indices),
+            self.laid(self.values((k, *p.shape[1:]), self.type_beside(p)), p,
+                      self.one_of("as p", "strided", "reversed", "read-only")))
+
+    def rows_refusal(self, p):
+        """What Rows for p are refused with."""
+        i = self.index_of(p)
+        group = self.groups[self.group_of(i)]
+        if not p.ndim or not p.flags.c_contiguous or (group["lazy"] == "exact" and (
+            self.settings["ema_decay"] is not None or group["velocity_dtype"] == "bfloat16"
+            or (type_name(p) in FRACTION_BITS and self.twin.masters[i] is None)
+        )):
+            return ValueError
+        # Here values that were written beside the master's would be late too
+        return AssertionError if i in self.twin.before else None
+
+    def index_of(self, p):
+        return next(k for k, q in enumerate(self.live) if q is p)
+
+    def group_of(self, i):
+        return [g for g, group in enumerate(self.opt.param_groups) for _ in group["params"]][i]
+
     def type_beside(self, p):
         """Of a gradient."""
         if self.mixes and p.dtype != np.float64:
@@ -429,10 +475,17 @@ class Life:
                 return refusal
         return None
 
+    def settle(self):
+        """Have all rows up to date, and the twin go on from there."""
+        self.twin.settle(strictly=self.mood == "usual")
+
     def check(self):
+        if self.twin.late and self.chance(0.2):
+            self.settle()
         self.twin.check(None if self.chance(0.25) else self.opt._state)
-        for v, w in zip(leaves(self.own), self.twin.velocities, strict=False):
-            agree(v is None or alike(v, w), "a velocity of the caller's")
+        for i, (v, w) in enumerate(zip(leaves(self.own), self.twin.velocities, strict=False)):
+            there = self.twin.promised(i)
+            agree(v is None or alike(v[there], w[there]), "a velocity of the caller's")
         groups = self.opt.param_groups
         for group, expected in zip(groups, self.groups, strict=True):
             for name, value in expected.items():
@@ -502,12 +555,22 @@ class Life:
         p = self.nonempty()
         if p is None or self.chance(0.3):
             return self.wrong_structure()
-        i = next(k for k, q in enumerate(self.live) if q is p)
-        entry = self.opt._state[i]
+        entry = self.opt._state[self.index_of(p)]
         taken = [(entry[key], ValueError) for key in ("velocity", "ema") if entry[key] is not None]
         wrong, refusal = self.wrong_array(p, [
             (p, ValueError), (p[...], ValueError), (misaligned(p), ValueError), *taken])
         return self.map_trees(lambda q: wrong if q is p else np.zeros_like(q)), refusal
+
+    def wrong_rows(self, p):
+        """Rows that are refused for p, and with what."""
+        n, values = len(p), np.zeros((2, *p.shape[1:]), p.dtype)
+        other = np.float32 if p.dtype == np.float64 else np.float64
+        wrong, refusal = self.one_of(
+            (([0, n], values), IndexError), (([-1, 0], values), IndexError),
+            (([0, 2**31 - 1], values), IndexError), (([2**63 - 1, 0], values), IndexError),
+            (([0, 0], values[..., None]), ValueError), (([0, 0], values.astype(other)), TypeError),
+            (([0, 0], values.astype(np.int64)), TypeError), (([0] * n, p), ValueError))
+        return optcore.Rows(*wrong), (refusal, self.rows_refusal(p))
 
     def wrong_structure(self):
         grads = self.map_trees(np.zeros_like)
@@ -602,9 +665,9 @@ class Life:
         """Take a step in the way given, and the twin's after it; or be refused, without any."""
         given = leaves(grads)
         zero, scale, wrong = self.arguments(n_sets, wrong=flaw is None)
-        refusals = [wrong, self.groups_refusal(count=self.twin.count), flaw]
+        refusals = [wrong, self.groups_refusal(count=self.twin.count), *flaws(flaw)]
         if not flaw:
-            kept = [None if g is None else g.copy() for g in given]
+            kept = copy.deepcopy(given)
             refusals += [ValueError] * all(g is None for g in given)
             if zero is not False:
                 refusals += self.unwritable(given)
@@ -613,21 +676,54 @@ class Life:
         if any(refusals):
             return
         agree(done is follow(kept, float(scale)), "whether the step was skipped")
-        for g, before in zip(given, kept, strict=True):
-            agree(g is None or (not g.any() if zero else alike(g, before)), "a given gradient")
+        self.check_given(given, kept, zero)
 
-    def unwritable(self, arrays):
+    def check_given(self, given, kept, zeroed):
+        for g, before in zip(given, kept, strict=True):
+            for a, b in zip(*map(arrays_of, (g, before)), strict=True):
+                agree(not a.any() if zeroed else alike(a, b), "a given gradient")
+
+    def unwritable(self, given):
         """What those that are to be written are refused with."""
-        return [error for a in arrays if a is not None and not a.flags.writeable
-                for error in [ValueError, TypeError][: 1 + isinstance(a, np.generic)]]
+        return [error for g in given for a in arrays_of(g)
+                for error in ([TypeError] if g is not a else [ValueError] * (
+                    not a.flags.writeable) + [TypeError] * isinstance(a, np.generic))]
 
     def step(self):
         flaw = None
-        grads = self.map_trees(self.gradient)
+        grads = self.map_trees(self.given)
         if self.chance(0.12):
             grads, flaw = self.wrong_gradients()
         order = grads if flaw else self.shuffled(grads)
         self.applied(lambda **more: self.opt.step(order, **more), grads, self.twin.step, flaw)
+
+    def rows_badly(self):
+        """Rows that are wrong, or come where whole gradients must."""
+        p = self.nonempty()
+        if p is None or not p.ndim:
+            return NOTHING
+        opt, zeros = self.opt, self.map_trees(np.zeros_like)
+        rows, refusals = optcore.Rows([0], np.zeros((1, *p.shape[1:]), p.dtype)), (TypeError,)
+        way = self.random.randrange(8)
+        if way < 2:
+            rows, refusals = self.wrong_rows(p)
+        grads = self.map_trees(lambda q: rows if q is p else np.zeros_like(q))
+
+        def inside(piece):
+            with piece as part:
+                part.add(grads)
+
+        call = [lambda: opt.step(grads), lambda: opt.step_replicas([grads, grads]),
+                lambda: opt.step_replicas([grads, zeros]), lambda: opt.step(grads, zero_grad=True),
+                lambda: opt.outer_step([grads]), lambda: opt.accumulate(grads),
+                lambda: inside(opt.accumulating()), lambda: inside(opt.collecting())][way]
+        others = [self.rows_refusal(p), self.groups_refusal(count=self.twin.count),
+                  RuntimeError if self.bound == [] else ValueError if way == 5 else None,
+                  self.measures if way == 6 else None,
+                  ValueError if way == 6 and any(map(self.cannot_fold, self.groups)) else None,
+                  ValueError if way == 7 else None]     # by the options of the last step
+        self.attempt([*refusals, *others], call, zeros)
+        return None
 
     def step_shared(self):
         """Gradients in one memory: read as they are, but not zeroed."""
@@ -740,7 +836,7 @@ class Life:
 
     def step_replicas(self):
         n = self.one_of(1, 2, 3)
-        replicas = self.replicas(n)
+        replicas = self.replicas(n, self.given)
         weights = self.one_of(None, [self.random.random() + 0.1 for _ in range(n)], [1] * n,
                               tuple(range(1, n + 1)), np.arange(1.0, n + 1))
         flaw = None
@@ -758,16 +854,26 @@ class Life:
             flaw, 1 if weights is not None else n,
         )
 
-    def replicas(self, n):
-        """Parameters, or gradients, of n replicas, None in the same places."""
-        first = self.map_trees(self.gradient)
+    def replicas(self, n, make=None):
+        """Parameters, or gradients, of n replicas, None and Rows in the same places."""
+        def another(p, g):
+            if isinstance(g, optcore.Rows):
+                return self.rows(p)
+            return None if g is None else self.laid(
+                self.values(g.shape, type_name(g)), g, self.one_of("as p", "other", "strided"))
+
+        first = self.map_trees(make or self.gradient)
+        drawn = dict(zip(map(id, self.live), leaves(first), strict=True))
         return [first] + [
-            like(first, lambda g: None if g is None else self.laid(
-                self.values(g.shape, type_name(g)), g, self.one_of("as p", "other", "strided")))
-            for _ in range(n - 1)
-        ]
+            self.map_trees(lambda p: another(p, drawn[id(p)])) for _ in range(n - 1)]
+
+    def before_outer(self):
+        """Have what is measured of parameters the same to the last bit."""
+        if self.measures:
+            self.settle()
 
     def outer_step(self):
+        self.before_outer()
         n = self.one_of(1, 2, 3)
         replicas = self.replicas(n)
         weights = self.one_of(None, [self.random.random() + 0.1 for _ in range(n)])
@@ -810,9 +916,9 @@ class Life:
         return ValueError if needed else None
 
     def stepping(self):
-        grads = leaves(self.map_trees(self.gradient))
+        grads = leaves(self.map_trees(self.given))
         zero, scale, wrong = self.arguments()
-        if any(g is not None and not g.flags.writeable for g in grads):
+        if self.unwritable(grads):
             zero = False
             scale, wrong = 1.0, None
         refusals = [wrong, self.measures, self.groups_refusal(count=self.twin.count)]
@@ -820,7 +926,7 @@ class Life:
         order = list(range(len(grads)))
         self.random.shuffle(order)
         size = self.one_of(1, 2, 3)
-        kept = [None if g is None else g.copy() for g in grads]
+        kept = copy.deepcopy(grads)
 
         def block():
             with self.opt.stepping(grad_scale=scale, zero_grad=zero) as part:
@@ -831,8 +937,31 @@ class Life:
         if any(refusals):
             return
         self.twin.step(kept, float(scale))
-        for g, before in zip(grads, kept, strict=True):
-            agree(g is None or (not g.any() if zero else alike(g, before)), "a given gradient")
+        self.check_given(grads, kept, zero)
+
+    def catch_up(self):
+        """Some rows, or all, are brought up to date; wrong ones are not there."""
+        i = self.random.randrange(len(self.live))
+        p, name = self.live[i], self.names()[i]
+        n = len(p) if p.ndim else 0
+        key, rows, refusal = self.one_of(
+            (None, None, None), (i, None, None), (name if self.named else i, None, None),
+            (None, [0], TypeError), (-1, None, IndexError), (len(self.live), None, IndexError),
+            ("no name", None, KeyError), ([i], None, TypeError), (i, [0, n], IndexError),
+            (i, [[-1, 0]], IndexError), (i, [0.5], TypeError), (i, np.array([True]), TypeError))
+        if n and refusal is None and self.chance(0.7):
+            key, some = i, [self.random.randrange(n) for _ in range(self.one_of(2, 4, 10))]
+            rows = self.one_of(
+                some, np.array(some), np.array(some, np.uint16).reshape(2, -1), some[0])
+        if rows is not None and not p.ndim:
+            refusal = (refusal, ValueError)
+        self.attempt(flaws(refusal), lambda: self.opt.catch_up(key, rows))
+        if refusal or i not in self.twin.late or self.mood != "usual":
+            return
+        rows = ... if rows is None else np.ravel(rows)
+        x, v, _ = self.twin.entry(i, self.opt._state[i] | {"master": self.twin.params[i]})
+        self.twin.late[i].check(self.twin.params[i][rows], x[rows])
+        self.twin.late[i].check(widened(self.twin.velocities[i])[rows], widened(v)[rows])
 
     def accumulating(self):
         batches = [self.map_trees(self.gradient) for _ in range(self.one_of(1, 2, 3))]
@@ -863,6 +992,7 @@ class Life:
         )
 
     def collecting(self):
+        self.before_outer()
         n = self.one_of(1, 2, 3)
         replicas = self.replicas(n)
         weights = self.one_of(None, [self.random.random() + 0.1 for _ in range(n)],
@@ -981,7 +1111,7 @@ class Life:
         g = self.random.randrange(len(self.groups))
         if self.chance():
             edit = self.options(clip=self.settings["max_norm"] is None)
-            edit["rounding"] = self.one_of(*CHOICES["rounding"])
+            edit |= {name: self.one_of(*CHOICES[name]) for name in CHOICES if name not in LASTING}
             edit |= {name: self.groups[g][name] for name in LASTING}
         else:
             name = self.one_of(*NUMBERS, *FLAGS, *CHOICES)
@@ -1115,6 +1245,7 @@ class Life:
 
     def write(self):
         """Other values in arrays of the caller's; the optimizer goes on from them."""
+        self.settle()           # and not from what rows have missed
         for kind, arrays in (("params", self.live), ("velocities", leaves(self.own)),
                              ("averages", leaves([self.opt.ema]) if self.opt.ema is not None
                               else [])):
@@ -1166,6 +1297,7 @@ class Life:
     # State
 
     def snapshot(self):
+        self.settle()
         twin = self.twin
         return {
             "state": self.opt.state_dict(), "params": list(twin.params),
@@ -1223,8 +1355,9 @@ class Life:
             twin.started, (twin.count, twin.skipped) = list(saved["started"]), saved["counts"]
             twin.norm, twin.nonfinite = None, []
             if with_params:
-                twin.params, twin.before = list(saved["params"]), {}
+                twin.params, twin.before, twin.late = list(saved["params"]), {}, {}
             else:
+                twin.leave_late()
                 for i, master in enumerate(saved["params"]):
                     twin.take_master(i, master)
         return None
@@ -1248,7 +1381,7 @@ class Life:
         key = self.one_of("version", "step_count", "skipped", "param_groups", "state")
         change, refusal = self.one_of(
             (without(state, key), KeyError), (having(state, "version", self.one_of(
-                0, 5, "3", None, 2.0, True)), ValueError),
+                0, STATE_VERSION + 1, "3", None, 2.0, True)), ValueError),
             (having(state, "step_count", self.one_of(-1, 1.5, True, "1", None)), ValueError),
             (having(state, "skipped", self.one_of(-1, 2**63, False)), ValueError),
             (having(state, "state", [1]), TypeError), (having(state, "param_groups", 3), TypeError),
@@ -1534,7 +1667,8 @@ class Life:
 CALLS = {
     Life.step: 24, Life.step_bound: 10, Life.step_replicas: 6, Life.step_shared: 2,
     Life.outer_step: 5, Life.stepping: 5, Life.accumulating: 5, Life.collecting: 5,
-    Life.accumulate: 5, Life.zero_grad: 2, Life.grow: 2, Life.set_option: 6, Life.edit_group: 6,
+    Life.accumulate: 5, Life.zero_grad: 2, Life.catch_up: 4, Life.rows_badly: 3, Life.grow: 2,
+    Life.set_option: 6, Life.edit_group: 6,
     Life.edit_groups_badly: 2, Life.schedule_badly: 2, Life.change_in_place: 1,
     Life.set_setting: 4, Life.read: 2, Life.write: 2, Life.spoil_memory: 2, Life.replace_array: 2,
     Life.remember: 2, Life.recall: 2, Life.recall_badly: 3, Life.save: 1, Life.copied: 1,
