@@ -51,6 +51,8 @@ OPTIMIZERS = [
 ]
 DECAYS = [{}, {"weight_decay": 0.01}, {"weight_decay": 0.01, "decoupled_weight_decay": True}]
 CLIPS = [{}, {"clip_value": 0.5}, {"max_norm": 1.0}]
+TABLES = [(60, 4), (300,), (9, 257), (1, 3), (2, 8193), (5, 2, 3)]
+LAZY = ["exact", "rows"]
 
 
 # Inputs
@@ -371,6 +373,71 @@ def half_models(dtype):
             a if a.dtype == np.float32 else a.view(np.uint16) for a in results)
 
 
+def tables(numbers):
+    return [numbers.take(math.prod(shape)).reshape(shape).copy() for shape in TABLES]
+
+
+def rows_of(numbers, step):
+    """Gradients of up to seven rows of each table, some of them several times."""
+    for k, (n, *shape) in enumerate(TABLES):
+        count = (step + 3 * k) % 8
+        indices = bits_of(1000 * step + 10 * k, count) % np.uint64(n)
+        values = numbers.take(count * math.prod(shape)).reshape(count, *shape).copy()
+        yield optcore.Rows(indices.astype([np.int32, np.int64][step % 2]), values)
+
+
+def flat_params_of(opt):
+    return [p.ravel() for p in params_of(opt)]
+
+
+def flat_states_of(opt):
+    return [state.ravel() for state in states_of(opt)]
+
+
+def rows(dtype):
+    """Steps of some rows, and what becomes of the others, now and later."""
+    numbers = Numbers(dtype)
+    for k, (threads, lazy, rule, decay) in enumerate(itertools.product(
+        [1, 3], LAZY, OPTIMIZERS, DECAYS
+    )):
+        clip = CLIPS[k // 2 % 3]
+        optcore.set_num_threads(threads)
+        opt = optcore.SGD(
+            tables(numbers), lr=lambda step: 0.1 / (1 + step // 4), lazy=lazy, maximize=k % 2 == 0,
+            flush_subnormals=k % 5 < 2, skip_nonfinite=k % 3 == 0, track_grad_norm=k % 7 == 0,
+            ema_decay=0.9 if lazy == "rows" and k % 2 else None, **rule, **decay, **clip,
+        )
+        for step in range(8):
+            grads = list(rows_of(numbers, step))
+            if step == 2 and len(grads[4]):
+                grads[4].values[0, k] = math.inf
+            if step == 5:
+                grads[1:4] = None, tables(numbers)[2], None
+            opt.step(grads, grad_scale=0.7)
+            yield *numbers_of(opt), *flat_params_of(opt)
+        replicas = [list(rows_of(numbers, step)) for step in (9, 10, 11)]
+        opt.step_replicas(replicas, weights=[3.0, 0.1, 7.0] if k % 2 else None)
+        opt.catch_up(0, [[3, 59], [0, 3]])
+        yield *numbers_of(opt), *flat_params_of(opt)
+        opt.catch_up()
+        yield *flat_params_of(opt), *flat_states_of(opt)
+
+
+def sleeping_rows(dtype):
+    """Rows that miss up to 1200 steps, alike or under a schedule that is never the same."""
+    numbers = Numbers(dtype, tiny=False)
+    for hold, rule, decay in itertools.product([1, 100, 10_000], OPTIMIZERS, DECAYS):
+        x = numbers.take(120).reshape(30, 4).copy()
+        opt = optcore.SGD(x, lr=lambda step, hold=hold: 0.1 / (1 + step // hold), **rule, **decay)
+        for step in range(1200):
+            row = step**3 % 997
+            opt.step(optcore.Rows([row if row < 29 else 0], numbers.take(4).reshape(1, 4)))
+            if step % 300 == 0:
+                yield flat_params_of(opt)
+        opt.catch_up(0, [29])
+        yield *flat_params_of(opt), *flat_states_of(opt)
+
+
 SECTIONS = {
     f"{section.__name__} {' '.join(arguments)}": (section, arguments)
     for section, table in [
@@ -378,7 +445,7 @@ SECTIONS = {
         (many_steps, [DTYPES]), (models, [DTYPES]), (replicas, [DTYPES]), (threads, [DTYPES]),
         (outer_steps, [DTYPES]), (pieces, [DTYPES]),
         (norms, [DTYPES]), (accumulation, [DTYPES]), (conversions, [DTYPES]),
-        (half_models, [["bfloat16", "float16"]]),
+        (half_models, [["bfloat16", "float16"]]), (rows, [DTYPES]), (sleeping_rows, [DTYPES]),
     ]
     for arguments in itertools.product(*table)
 }
