@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import tempfile
@@ -155,7 +156,42 @@ def growing(seconds):
     return errors
 
 
-STORMS = [own_optimizers, one_optimizer, settings, edited_groups, growing]
+def rows(seconds):
+    """Steps of the same rows, and of none, while others bring all up to date."""
+    def model():
+        params = [np.ones((300, 5)), np.ones(700)]
+        opt = optcore.SGD(params, lr=lambda step: 0.1 / (1 + step // 8), momentum=0.5)
+        opt.step([np.ones_like(p) for p in params])
+        return params, opt
+
+    params, opt = model()
+    touched = optcore.Rows([299, 0, 0], np.ones((3, 5))), optcore.Rows([1, 698], np.ones(2))
+
+    def step():
+        opt.step(touched)
+
+    def step_in_pieces():
+        with opt.stepping() as part:
+            part.step({0: touched[0], 1: touched[1]})
+
+    errors = at_once(
+        step, step, step, step_in_pieces, opt.catch_up, opt.state_dict,
+        lambda: opt.catch_up(0, [[1, 2], [299, 5]]), lambda: copy.deepcopy(opt),
+        until=after(seconds))
+    opt.catch_up()
+    others, twin = model()
+    dense = [np.zeros_like(p) for p in params]
+    for g, r in zip(dense, touched, strict=True):
+        np.add.at(g, r.indices, r.values)
+    while twin.step_count < opt.step_count:
+        twin.step(dense)
+    for p, q, r in zip(params, others, touched, strict=True):
+        assert (p[r.indices] == q[r.indices]).all()
+        assert np.allclose(p, q, rtol=1e-12, atol=0)
+    return errors
+
+
+STORMS = [own_optimizers, one_optimizer, settings, edited_groups, growing, rows]
 
 
 if __name__ == "__main__":
