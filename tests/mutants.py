@@ -735,7 +735,7 @@ TESTS = {
     "optcore/structure.pyx": "nests errors interop sgd",
     "optcore/groups.pyx": "options errors growing sgd",
     "optcore/functional.pyx": "errors options velocities interop precision",
-    "optcore/rows.pyx": "rows",
+    "optcore/rows.pyx": "rows torch_rows",
     "optcore/table.pyx": f"errors scattered nests {SGD} plan pieces precision rows",
     "optcore/plan.pyx":
         f"{SGD} errors plan pieces outer options exclusive process precision rows",
