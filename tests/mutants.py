@@ -673,7 +673,7 @@ MUTANTS = {
         ("        if stepped:\n            self._share_params()\n", ""),
         ("firsts=[cuts[i][0].start for", "firsts=[0 for"),
         ("        if state.writes_masters:", "        if False:"),
-        ("                widen(gradient, packed)\n", "                packed[...] = gradient\n"),
+        ("                widen(listed[i], packed)\n", "                packed[...] = listed[i]\n"),
         ("array.view(np.uint16) if array.itemsize == 2 else array", "array"),
         ("itertools.chain(self._masters, *(", "itertools.chain(*("),
         ("            self._checking._check_current()\n", ""),
