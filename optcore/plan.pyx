@@ -143,6 +143,7 @@ cdef class Plan(Table):
         """Check groups and options of the whole optimizer together, then take them over."""
         cdef Options own = self._own
         cdef int row
+        cdef Py_ssize_t i
         schedule, averages = self._ema_schedule, self._averages
         for name, value in options.items():
             row = row_named(name)
@@ -159,6 +160,9 @@ cdef class Plan(Table):
         checked = self._groups.check(groups, &own)
         self._check_places()
         # Nothing from here on can fail
+        if averages is not self._averages:
+            for i in range(self._n):
+                self._catch_up(i)
         if groups is not self._param_groups:
             self._replace_groups(groups)
         self._adopt_groups(checked)
@@ -319,12 +323,14 @@ cdef class Plan(Table):
         self._look_again()
         self._ready(sets, names, step, gathers)
         self._check_some(step, "grads")
+        if step.has_rows:
+            self._lay_rows(sets, names, step)
         if step.lacks_states or (measures(&self._own) and not self._norm.is_prepared()):
             self._start_states()
             self._norm.prepare(self._tensors, self._n)
             self._take(sets, names, step)       # again, for allocating may run a finalizer
-        if step.has_rows:
-            self._lay_rows(sets, names, step)
+            if step.has_rows:
+                self._lay_rows(sets, names, step)
         return sets
 
     cdef const double *_weights_of(self, object weights, Py_ssize_t n) except? NULL:
@@ -382,6 +388,8 @@ cdef class Plan(Table):
         cdef list nonfinite = None
         if step.has_rows:
             tensors, n = self._by_row.at, self._by_row.n
+        if step.outer:
+            self._catch_up_stepped(step)        # for it measures the parameters
         if measures(&self._own):
             norm = step.scale * self._norm.measure(
                 tensors, n, step.n_elements, self._join_squares
@@ -878,6 +886,13 @@ cdef object catch_up_some(Plan self, object key, object rows, object _):
         rows = rows_in(rows, len(self._params[i]))
     self._look_again()
     self._check_places()
+    if rows is not None and self._histories[i] is not None and (
+        (<History>self._histories[i]).n_rows != len(self._params[i])
+    ):
+        raise ValueError(
+            f"{spell(self._label(b'params', i))} must keep its shape, for rows of it are not up to "
+            "date"
+        )
     if i < 0:
         for i in range(self._n):
             self._catch_up(i)
@@ -925,8 +940,6 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     self._look_again()
     self._read_groups()
     self._check_places()
-    for i in range(n):
-        self._catch_up(i)
     grown = Plan.__new__(Plan)
     grown._own, grown._ema_schedule = self._own, self._ema_schedule
     grown._norm = Norm()
@@ -961,6 +974,9 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
 
 cdef object take_grown(Plan self, object grown, object note, object _):
     """Take over what was built, which cannot fail."""
+    cdef Py_ssize_t i
+    for i in range(self._n):
+        self._catch_up(i)
     self._become(grown)
     self._norm = (<Plan>grown)._norm
     self.param_groups.append((<Plan>grown)._param_groups[-1])
@@ -987,10 +1003,15 @@ cdef object lend_masters(Plan self, object masters, object _, object __):
     self._install_rests(tuple(rests))
 
 
+cdef bint is_behind(Plan self):
+    """Whether rows are not up to date."""
+    return any([history is not None and (<History>history).clock > 0
+                for history in self._histories])
+
+
 cdef object copy_histories(Plan self, object _, object __, object ___):
     """Return what there is of rows that are not up to date, or None."""
-    if not any([history is not None and (<History>history).clock > 0
-                for history in self._histories]):
+    if not is_behind(self):
         return None
     return [copy(history) for history in self._histories]
 
@@ -1002,8 +1023,6 @@ cdef object take_histories(Plan self, object histories, object _, object __):
 
 cdef object copy_state(Plan self, object include_params, object copies, object _):
     cdef Py_ssize_t i
-    if self._any_history and not copies:
-        catch_up_some(self, None, None, None)
     if include_params:
         self._look_again()
         for i in range(self._n):        # one that was made read-only may be saved
@@ -1013,6 +1032,8 @@ cdef object copy_state(Plan self, object include_params, object copies, object _
                 self._refuse_moved(self._params, i, self._tensors[i].param.data, b"params")
     # whole, not only what was edited: an array may hold another number than at the last step
     self._adopt_groups(self._groups.check(self.param_groups, &self._own))
+    if not copies and is_behind(self):
+        catch_up_some(self, None, None, None)
     entries = self._state
     if include_params:
         entries = [{**entry, "param": param}

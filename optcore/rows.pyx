@@ -59,7 +59,7 @@ cdef class Rows:
         are added in their order.
     values : array, of shape (k, \\*param.shape[1:])
         One row of the gradient for each index, of any dtype that a gradient may have.
-        Arrays that are not C-contiguous are copied, now.
+        Arrays that are not C-contiguous and aligned are copied, now.
 
     Raises
     ------
@@ -97,8 +97,8 @@ cdef class Rows:
                 f"values must have one row for each of {indices.shape[0]} indices, "
                 f"got shape {values.shape}"
             )
-        self.indices = np.ascontiguousarray(indices)
-        self.values = np.ascontiguousarray(values)
+        self.indices = np.require(indices, requirements="CA")
+        self.values = np.require(values, requirements="CA")
 
     @staticmethod
     def concatenate(rows):
@@ -156,6 +156,8 @@ cdef bint is_rows_of(Rows rows, ndarray param) noexcept:
     """Whether they are yet what their making checked, and what the parameter's rows are."""
     cdef int axis
     cdef ndarray indices = rows.indices, values = rows.values
+    if indices is None or values is None:
+        return False
     if PyArray_NDIM(values) != PyArray_NDIM(param) or PyArray_NDIM(indices) != 1 or (
         PyArray_DIM(values, 0) != PyArray_DIM(indices, 0)
     ):

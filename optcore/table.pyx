@@ -796,7 +796,13 @@ cdef class Table:
             n_rows = PyArray_DIM(<ndarray>self._params[i], 0)
             history = None
             if not self._skips_rows(i):
-                if self._histories[i] is None:
+                history = self._histories[i]
+                if history is not None and history.n_rows != n_rows and history.clock > 0:
+                    raise ValueError(
+                        f"{spell(self._label(b'params', i))} must keep its shape, for rows of it "
+                        "are not up to date"
+                    )
+                if history is None or history.n_rows != n_rows:
                     self._histories[i] = History(n_rows)
                     self._any_history = True
                 history = self._histories[i]
@@ -898,7 +904,9 @@ cdef class Table:
             for j in range(len(gathered)):
                 i = nth(step, j)
                 gradient, param = gathered[j], <ndarray>self._params[i]
-                if gradient is None or fits(<ndarray>gradient, param, written):
+                if gradient is None or type(gradient) is Rows or (
+                    fits(<ndarray>gradient, param, written)
+                ):
                     continue
                 check_but_layout(<ndarray>gradient, param, written, self._label(names[k], i))
                 buffer = self._buffers.get((k, i))
