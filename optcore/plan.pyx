@@ -886,13 +886,6 @@ cdef object catch_up_some(Plan self, object key, object rows, object _):
         rows = rows_in(rows, len(self._params[i]))
     self._look_again()
     self._check_places()
-    if rows is not None and self._histories[i] is not None and (
-        (<History>self._histories[i]).n_rows != len(self._params[i])
-    ):
-        raise ValueError(
-            f"{spell(self._label(b'params', i))} must keep its shape, for rows of it are not up to "
-            "date"
-        )
     if i < 0:
         for i in range(self._n):
             self._catch_up(i)
@@ -901,6 +894,7 @@ cdef object catch_up_some(Plan self, object key, object rows, object _):
     if rows is None:
         self._catch_up(i)
     elif history is not None and history.clock > 0:
+        self._check_rows(i, history)
         catch_up_rows(&self._tensors[i], history, rows)
 
 

@@ -137,6 +137,7 @@ cdef class Table:
     cdef int _take_rows(
         self, Py_ssize_t i, Py_ssize_t k, Rows rows, tuple names, Step *step, Stream *stream
     ) except -1
+    cdef int _check_rows(self, Py_ssize_t i, History history) except -1
     cdef int _refuse_rows(self, const Step *step, str what) except -1
     cdef int _lay_rows(self, list sets, tuple names, Step *step) except -1
     cdef Py_ssize_t _width_of(self, Py_ssize_t i) noexcept

@@ -762,6 +762,15 @@ cdef class Table:
         """Whether rows without a gradient stay where they are."""
         return self._groups.at[self._slots[i].group].options.lazy != EXACT_ROWS
 
+    cdef int _check_rows(self, Py_ssize_t i, History history) except -1:
+        """Refuse a parameter that was reshaped in its place while rows of it were behind."""
+        if history.n_rows != PyArray_DIM(<ndarray>self._params[i], 0):
+            raise ValueError(
+                f"{spell(self._label(b'params', i))} must keep its shape, for rows of it are not up "
+                "to date: call catch_up() before it is given another"
+            )
+        return 0
+
     cdef int _refuse_rows(self, const Step *step, str what) except -1:
         if step.has_rows:
             raise TypeError(f"{what} takes whole arrays, got Rows")
@@ -797,12 +806,9 @@ cdef class Table:
             history = None
             if not self._skips_rows(i):
                 history = self._histories[i]
-                if history is not None and history.n_rows != n_rows and history.clock > 0:
-                    raise ValueError(
-                        f"{spell(self._label(b'params', i))} must keep its shape, for rows of it "
-                        "are not up to date"
-                    )
-                if history is None or history.n_rows != n_rows:
+                if history is not None and history.clock > 0:
+                    self._check_rows(i, history)
+                elif history is None or history.n_rows != n_rows:
                     self._histories[i] = History(n_rows)
                     self._any_history = True
                 history = self._histories[i]

@@ -994,3 +994,107 @@ def test_histories_stay_bounded(tmp_path, times):
     assert int(grown) < 1 << 18
     assert max(map(float, sleepers[::2])) < n_steps * 2.0**-53
     assert max(map(float, sleepers[1::2])) < 1e-300
+
+
+# Where rows are behind, what else happens
+
+def lagging(lazy, **options):
+    """Four rows, three of which have three steps to catch up, or the same by dense steps."""
+    x = np.ones((4, 2))
+    opt = optcore.SGD([x], lr=0.1, momentum=0.9, **options)
+    opt.step([Rows([0, 1, 2, 3], np.ones((4, 2)))])
+    for _ in range(3):
+        opt.step([Rows([0], np.ones((1, 2)))] if lazy else [np.eye(4)[:, :1] * np.ones(2)])
+    return x, opt
+
+
+@pytest.mark.parametrize("call", [
+    lambda opt: setattr(opt, "ema_decay", 0.5),
+    lambda opt: opt.outer_step([[np.zeros((4, 2))]]),
+    lambda opt: opt.add_param_group({"params": [np.ones(3)]}),
+    lambda opt: opt.save("rows.safetensors"),
+], ids=["average", "outer_step", "growth", "save"])
+def test_what_reads_all_rows_reads_them_up_to_date(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for lazy in (True, False):
+        x, opt = lagging(lazy, track_grad_norm=True)
+        call(opt)
+        found.append((x, opt.grad_norm, *(entry["ema"] for entry in opt._state)))
+    for late, dense in zip(*found, strict=True):
+        assert late is dense is None or np.allclose(late, dense, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("call", [
+    lambda opt: opt.add_param_group({"params": [np.ones(3)]}, velocities=[np.ones(4)]),
+    lambda opt: opt.add_param_group({"params": [np.ones(3)], "lr": -1}),
+    lambda opt: [opt.param_groups[0].update(lr=-1), opt.state_dict()],
+    lambda opt: opt.step([Rows([4], np.ones((1, 2)))]),
+    lambda opt: opt.catch_up(0, [0, 4]),
+], ids=["velocities", "group", "edited", "step", "catch_up"])
+def test_refused_calls_bring_no_row_up_to_date(call):
+    x, opt = lagging(True)
+    before = x.copy()
+    with pytest.raises((IndexError, ValueError)):
+        call(opt)
+    assert same_bits(x, before)
+
+
+def test_refused_rows_start_no_velocities():
+    x = np.ones((4, 2))
+    opt = optcore.SGD([x], lr=0.1)
+    opt.momentum = 0.9
+    with pytest.raises(IndexError):
+        opt.step([Rows([4], np.ones((1, 2)))])
+    assert opt._state[0]["velocity"] is None
+
+
+def test_rows_beside_a_strided_gradient():
+    a, b = np.zeros((4, 2)), np.zeros(6)
+    optcore.SGD([a, b], lr=1).step([Rows([1], np.ones((1, 2))), np.ones(12)[::2]])
+    assert a.sum() == a[1].sum() == -2
+    assert (b == -1).all()
+
+
+@pytest.mark.parametrize("call", [
+    lambda opt, n: opt.step([Rows(np.arange(n), np.ones((n, 1)))]),
+    lambda opt, n: opt.catch_up(0, np.arange(n)),
+], ids=["step", "catch_up"])
+def test_a_parameter_reshaped_in_its_place(call):
+    x = np.zeros((100, 64))
+    opt = optcore.SGD([x], lr=0.1, momentum=0.9)
+    opt.step([Rows([0], np.ones((1, 64)))])
+    opt.step([Rows([1], np.ones((1, 64)))])
+    before = x.copy()
+    x.shape = (6400, 1)
+    with pytest.raises(ValueError, match=r"params\[0\] must keep its shape"):
+        call(opt, 6400)
+    assert same_bits(x, before.reshape(x.shape))
+    opt.catch_up()
+    call(opt, 6400)
+
+
+def test_a_read_only_parameter_is_saved_where_no_row_is_behind():
+    x, opt = lagging(True)
+    opt.catch_up()
+    x.flags.writeable = False
+    assert opt.state_dict()["step_count"] == 4
+
+
+def test_misaligned_arrays_are_copied():
+    memory = np.zeros(25, np.uint8)
+    indices = np.ndarray((3,), np.int64, buffer=memory, offset=1)
+    rows = Rows(indices, np.ndarray((3, 1), np.float64, buffer=memory, offset=1))
+    assert rows.indices.flags.aligned
+    assert rows.values.flags.aligned
+
+
+def test_an_infinite_row_keeps_its_velocity():
+    """0 * x in the matrix's product would make a NaN of it."""
+    x = np.ones((2, 1))
+    opt = optcore.SGD([x], lr=0.1, momentum=0.5)
+    opt.step([Rows([0], np.ones((1, 1)))])
+    x[0] = np.inf
+    opt.step([Rows([1], np.ones((1, 1)))])
+    opt.catch_up()
+    assert opt._state[0]["velocity"].tolist() == [[0.5], [1.0]]
