@@ -12,6 +12,7 @@
 #   make bench-storage
 #                    float32 against narrow storage, and PyTorch's steps of bfloat16
 #   make bench-outer outer steps against NumPy as Flower writes them, and PyTorch
+#   make bench-rows  rows of large tables against dense steps, PyTorch and NumPy
 #   make wheel       build/dist/*.whl
 #   make clean       remove all that was built
 
@@ -25,7 +26,7 @@ SOURCES := pyproject.toml setup.py \
 VENVS := build/venv
 
 .PHONY: help demo test arm64 lint gallery docs docs-links bench bench-peers bench-storage bench-outer \
-    wheel clean
+    bench-rows wheel clean
 .SECONDARY:
 
 help:
@@ -66,6 +67,9 @@ bench-storage: $(VENVS)/bench-peers/.installed
 
 bench-outer: $(VENVS)/bench-peers/.installed
 	$(VENVS)/bench-peers/bin/python bench/run.py outer --out bench/results $(BENCH_ARGS)
+
+bench-rows: $(VENVS)/bench-peers/.installed
+	$(VENVS)/bench-peers/bin/python bench/run.py rows --out bench/results $(BENCH_ARGS)
 
 wheel: build/wheel.stamp
 

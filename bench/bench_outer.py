@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc):
     ]
     # The limit goes right before optcore: the two are compared most closely.
     everyone = [
-        limit_contender(option("--build-folder")), *OPTCORE_OUTERS, *peers.installed_outers(),
+        limit_contender(option("--build-folder")), *OPTCORE_OUTERS, *peers.with_torch(peers.OUTERS),
         NUMPY_OUTER,
     ]
     interleave(metafunc, (filter(fits, cases), everyone))

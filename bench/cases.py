@@ -27,6 +27,8 @@ SEED = 0
 PIPELINE = "pipeline"       # clip by norm, coupled decay, Nesterov, average, zero gradients
 OUTER = "outer"             # Nesterov towards the mean of replicas' parameters
 OUTER_LR = 0.7              # DiLoCo's
+ROWS = "rows"               # momentum on some rows of a table
+WIDTH = 64                  # of such a table
 
 # One period of the data. Every tensor repeats it from its start, so that the reference need
 # only be worked out for one period; prime, so that no block of a loop coincides with it.
@@ -49,7 +51,12 @@ def count_of(workload: str) -> int:
 
 
 def shapes_of(workload: str) -> list[tuple[int, ...]]:
-    return MODELS[workload] if workload in MODELS else [(int(float(workload)),)]
+    return MODELS[workload] if workload in MODELS else [(length_of(workload),)]
+
+
+def length_of(workload: str) -> int:
+    """Return the elements of a vector or the rows of a table, such as "1e6"."""
+    return int(float(workload))
 
 
 @dataclass(frozen=True)
@@ -117,15 +124,30 @@ OUTERS = {
 
 
 @dataclass(frozen=True)
+class Touched:
+    """How many row numbers a step has, and whether few rows have most of them."""
+
+    n: int
+    zipf: bool = False
+
+
+TOUCHED = {
+    f"{n:,} rows, {'Zipf' if zipf else 'uniform'}": Touched(n, zipf)
+    for n in (10, 100, 1_000, 10_000) for zipf in (False, True)
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """One group of measurements that may be compared with each other."""
 
-    job: str                # a rule's id, PIPELINE or OUTER
-    workload: str           # a key of MODELS, or the length of a single vector
+    job: str                # a rule's id, PIPELINE, OUTER or ROWS
+    workload: str           # a key of MODELS, or the length of a single vector or of a table
     dtype: str = "float32"
     threads: int = 1
     storage: str | None = None      # a key of STORAGES; None: all arrays are of `dtype`
     outer: str | None = None        # a key of OUTERS, of an outer step
+    touched: str | None = None      # a key of TOUCHED, of a step on rows
 
     @property
     def stored(self) -> Storage:
@@ -140,7 +162,7 @@ class Case:
     @property
     def variant(self) -> str:
         """What reports call it, where job, workload and threads are the same."""
-        return self.outer or self.storage or self.dtype
+        return self.touched or self.outer or self.storage or self.dtype
 
     @property
     def noisy(self) -> bool:
@@ -153,7 +175,8 @@ class Case:
     @property
     def rule(self) -> reference.Rule:
         """The row of the table of rules."""
-        return RULES["nesterov" if self.job in (PIPELINE, OUTER) else self.job]
+        named = {PIPELINE: "nesterov", OUTER: "nesterov", ROWS: "momentum"}
+        return RULES[named.get(self.job, self.job)]
 
     @property
     def pipeline(self) -> bool:
@@ -168,7 +191,7 @@ class Case:
     @property
     def label(self) -> str:
         """What reports call the job."""
-        named = {PIPELINE: "full pipeline", OUTER: "outer step"}
+        named = {PIPELINE: "full pipeline", OUTER: "outer step", ROWS: "row by row"}
         return named.get(self.job, self.rule.label)
 
     @property
@@ -193,7 +216,8 @@ class Case:
     @property
     def n_bytes(self) -> int:
         """Bytes that a step must move."""
-        return self.bytes_each * count_of(self.workload)
+        stepped = TOUCHED[self.touched].n * WIDTH if self.touched else count_of(self.workload)
+        return self.bytes_each * stepped
 
     @property
     def options(self) -> reference.Options:
@@ -223,6 +247,7 @@ class Run:
     params: Callable[[], Sequence[np.ndarray]]
     averages: Callable[[], Sequence[np.ndarray]] = tuple
     calls: int = 1          # steps that one call of `step` takes
+    warm_up: int = 1        # calls until all that it works on has been there once
     # One period of the parameters after two steps, where it rounds otherwise than the reference
     expected: np.ndarray | None = None
     close: Callable[[], object] = bool

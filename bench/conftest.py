@@ -10,6 +10,7 @@ import pytest
 from cases import Arrays
 from contenders import NUMPY
 from limit import NoCompilerError
+from tables import Table
 from training import TIMED_STEPS, WARM_UP_STEPS, Training, round_trip
 
 import optcore
@@ -34,7 +35,7 @@ def pytest_addoption(parser):
 @lru_cache(maxsize=1)
 def arrays_of(case):
     """Return the arrays of the case being measured; those of the last one are freed."""
-    return Training(case) if case.training else Arrays(case)
+    return (Table if case.touched else Training if case.training else Arrays)(case)
 
 
 @lru_cache(maxsize=1)
@@ -43,12 +44,13 @@ def checked(case):
     return set()
 
 
-def warm_up(step):
+def warm_up(it):
     """Step until memory is there and caches hold what they can: a trainer's step is never cold."""
     end = time.perf_counter() + WARM_UP_SECONDS
-    step()
+    for _ in range(it.warm_up):
+        it.step()
     while time.perf_counter() < end:
-        step()
+        it.step()
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def measure(benchmark, request):
         if contender.checked and contender.name not in checked(case):
             arrays.check(it, exact=contender.exact)
             checked(case).add(contender.name)
-        warm_up(it.step)
+        warm_up(it)
         benchmark(it.step)
 
     def distance():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 
 import numpy as np
 from cases import (
@@ -15,6 +16,7 @@ from cases import (
     OUTER,
     OUTER_LR,
     PIPELINE,
+    ROWS,
     WEIGHT_DECAY,
     Arrays,
     Case,
@@ -22,6 +24,7 @@ from cases import (
     fresh_empty,
 )
 from shapes import MODELS
+from tables import SMALL, WITH_DENSE, Table
 
 import optcore
 from optcore.runtime import simd, simd_levels_available
@@ -36,6 +39,10 @@ WIDE = "optcore, step(), float32"
 OUTER_STEP = "optcore, outer_step()"
 OUTER_WEIGHTED = "optcore, outer_step(weights)"
 FLOWER = "NumPy, as Flower"
+ROWS_EXACT = "optcore, exact"
+ROWS_LAZY = 'optcore, lazy="rows"'
+ROWS_SMALL = "optcore, exact, 100,000 rows"
+ROWS_DENSE = "optcore, dense"
 LIMIT = "memory limit"
 
 
@@ -311,6 +318,67 @@ def build_flower(case: Case, arrays: Arrays) -> Run:
     return Run(step, lambda: params, expected=arrays.expected_from(0, weights=examples)[0])
 
 
+def build_rows(case: Case, table: Table, *, lazy: str = "exact") -> Run:
+    """Step rows as a trainer has them: their numbers as they came, some of them several times."""
+    opt = case.optimizer(table.x, velocities=table.states()[0], lazy=lazy)
+    sets, values = cycle(table.indices), table.values
+
+    def params() -> list[np.ndarray]:
+        opt.catch_up(0, table.compared)
+        return table.x
+
+    return Run(
+        lambda: opt.step([optcore.Rows(next(sets), values)]), params,
+        expected=table.after_two(lazy=lazy == "rows"), warm_up=len(table.indices),
+    )
+
+
+def build_rows_small(case: Case, table: Table) -> Run:
+    """Step rows of a small table where the case's is large: what its size costs."""
+    small = Table(replace(case, workload=SMALL))
+    small.reset()
+    return build_rows(small.case, small)
+
+
+def build_dense(
+    case: Case, table: Table, *, build: Callable[[Case, Arrays], Run] = build_step
+) -> Run:
+    """Step a gradient of the whole table, written row by row: not zeroed, no row twice."""
+    (g,) = table.g = [np.zeros_like(table.x[0])]
+    gradients = cycle(table.gradients)
+    last = []
+    run = build(case, table)
+
+    def step() -> None:
+        nonlocal last
+        g[last] = 0
+        last, values = next(gradients)
+        g[last] = values
+        run.step()
+
+    return Run(step, lambda: table.x, close=table.g.clear)
+
+
+def subtract_at(x: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+    np.subtract.at(x, indices, LR * values)
+
+
+def subtract_sorted(x: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+    order = np.argsort(indices, kind="stable")
+    ordered = indices[order]
+    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+    x[ordered[starts]] -= LR * np.add.reduceat(values[order], starts)
+
+
+def build_scatter(case: Case, table: Table, *, scatter: Callable[..., None]) -> Run:
+    """Take steps of SGD: nobody's NumPy has momentum row by row."""
+    sets = cycle(table.indices)
+    return Run(
+        lambda: scatter(table.x[0], next(sets), table.values), lambda: table.x,
+        expected=table.after_two("sgd"), warm_up=len(table.indices),
+    )
+
+
 NUMPY = [Contender(LITERAL, build_literal), Contender(OUT, build_out, jobs=(*OUTS, PIPELINE))]
 
 # The best level's name is that of the API alone, so that both suites and the targets share it.
@@ -338,3 +406,22 @@ OUTERS = [
 ]
 # On one thread also where others use all: a round of a server is what it is, and this its cost
 NUMPY_OUTER = Contender(FLOWER, build_flower, jobs=(OUTER,), threaded=True)
+
+OPTCORE_ROWS = [
+    Contender(ROWS_EXACT, build_rows, jobs=(ROWS,), threaded=True),
+    Contender(
+        ROWS_LAZY, partial(build_rows, lazy="rows"), jobs=(ROWS,), exact=True, threaded=True
+    ),
+    Contender(
+        ROWS_SMALL, build_rows_small, jobs=(ROWS,), workloads=lambda name: name != SMALL,
+        threaded=True, checked=False,
+    ),
+]
+OPTCORE_DENSE = Contender(
+    ROWS_DENSE, build_dense, jobs=(ROWS,), workloads=WITH_DENSE.__contains__, exact=True,
+    threaded=True,
+)
+NUMPY_ROWS = [
+    Contender(f"NumPy, {name}, no momentum", partial(build_scatter, scatter=scatter), (ROWS,))
+    for name, scatter in [("subtract.at", subtract_at), ("sorted", subtract_sorted)]
+]

@@ -181,6 +181,43 @@ OUTER(4, 1)
 OUTER(10, 0)
 OUTER(10, 1)
 
+/* Momentum on rows of a table, each once, those to come asked for ahead. */
+enum { WIDTH = 64, LINE = 16, AHEAD = 8 };
+
+static inline void ask_for(const float *row)
+{
+    for (int j = 0; j < WIDTH; j += LINE) __builtin_prefetch(row + j, 1);
+}
+
+static void step_rows(float *x, float *v, const float *g, const int64_t *rows, size_t i, size_t end)
+{
+    for (; i < end; i++) {
+        if (i + AHEAD < end) {
+            ask_for(x + WIDTH * rows[i + AHEAD]);
+            ask_for(v + WIDTH * rows[i + AHEAD]);
+        }
+        momentum_of_float32_none_float32_float32(
+            x + WIDTH * rows[i], g + WIDTH * i, v + WIDTH * rows[i], NULL, WIDTH, 0.1f, 0.9f);
+    }
+}
+
+/* A call takes steps one after the other; the rows of each begin where those of the last end. */
+void limit_rows(float *x, float *v, const float *g, const int64_t *rows, const int64_t *begins,
+                int threads, int calls)
+{
+    for (int call = 0; call < calls; call++) {
+        const int64_t *these = rows + begins[call];
+        size_t k = begins[call + 1] - begins[call];
+        if (threads == 1) {
+            step_rows(x, v, g, these, 0, k);
+            continue;
+        }
+        _Pragma("omp parallel for num_threads(threads) schedule(static, 1)")
+        for (int share = 0; share < threads; share++)
+            step_rows(x, v, g, these, k * share / threads, k * (share + 1) / threads);
+    }
+}
+
 static void share_out(Step *step, void **p, size_t n, int threads)
 {
     size_t size = (n / threads + 63) / 64 * 64;

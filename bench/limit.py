@@ -8,11 +8,25 @@ import shutil
 import subprocess
 import sysconfig
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from cases import OUTER, PIPELINE, RULES, Arrays, Case, Run, count_of, dtype_of, kept_in
+from cases import (
+    OUTER,
+    PIPELINE,
+    ROWS,
+    RULES,
+    TOUCHED,
+    Arrays,
+    Case,
+    Run,
+    count_of,
+    dtype_of,
+    kept_in,
+)
 from contenders import LIMIT, Contender
+from tables import Table
 
 HUGE_PAGE = 2 << 20
 # Columns begin so far apart within a page: a dozen at the same place of it would share a cache set
@@ -26,6 +40,10 @@ FLAGS = [
 EXTRAS = [["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], []]
 # A parallel region costs a microsecond or two: below this many elements one thread is faster.
 THREADED_FROM = 100_000
+# Rows at random take longer: 64 elements a tenth of a microsecond and more
+THREADED_FROM_ROWS = 100
+# A call of the limit on rows takes as many steps as have so many rows.
+ROWS_A_CALL = 10_000
 
 
 class NoCompilerError(RuntimeError):
@@ -117,3 +135,33 @@ def limit_contender(folder: Path) -> Contender:
     # limit.c has a loop without a state and one with one
     jobs = [job for job, rule in RULES.items() if len(rule.states) < 2]
     return Contender(LIMIT, build, jobs=(*jobs, PIPELINE, OUTER), threaded=True, checked=False)
+
+
+def rows_limit_contender(folder: Path) -> Contender:
+    """Return the limit of steps on rows: the same rows in the same order, but each once."""
+
+    def build(case: Case, table: Table) -> Run:
+        compiled = library("limit.c", folder)
+        shape = table.x[0].shape
+        columns, memory = _columns([case.dtype] * 2, table.x[0].size)
+        k = TOUCHED[case.touched].n
+        threads = case.threads if k >= THREADED_FROM_ROWS else 1
+        calls = max(1, ROWS_A_CALL // k)
+        once = [
+            indices[np.sort(np.unique(indices, return_index=True)[1])] for indices in table.indices
+        ]
+        rows, begins = np.concatenate(once), np.cumsum([0, *map(len, once)])
+        arrays = [ctypes.c_void_p(a.ctypes.data) for a in (*columns, table.values, rows)]
+        counts = ctypes.c_int(threads), ctypes.c_int(calls)
+        # After the last set comes the first: a call's steps divide them evenly.
+        places = cycle([ctypes.c_void_p(a.ctypes.data) for a in begins[:-1].reshape(-1, calls)])
+
+        def step() -> None:
+            compiled.limit_rows(*arrays, next(places), *counts)
+
+        return Run(
+            step, lambda: [columns[0].reshape(shape)], calls=calls,
+            warm_up=len(once) // calls, close=lambda: (memory, rows, begins),
+        )
+
+    return Contender(LIMIT, build, jobs=(ROWS,), threaded=True, checked=False)

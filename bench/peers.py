@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,16 @@ from cases import (
     MOMENTUM,
     OUTER,
     OUTER_LR,
+    ROWS,
     WEIGHT_DECAY,
     Arrays,
     Case,
     Run,
     kept_in,
 )
-from contenders import LIMIT, Contender
+from contenders import LIMIT, Contender, build_dense
 from limit import NoCompilerError, compiler
+from tables import WITH_DENSE, Table
 
 import reference
 
@@ -47,7 +50,7 @@ def missing(modules: list[str]) -> list[str]:
 
 def measured_in(suite: str) -> list[str]:
     """Return the peers of a suite, and what has to be compiled for it."""
-    few = suite in ("storage", "outer")
+    few = suite in ("storage", "outer", "rows")
     return ["PyTorch", LIMIT] if few else [*MODULES, LIMIT, COMPILED]
 
 
@@ -158,6 +161,26 @@ def build_torch_outer(case: Case, arrays: Arrays, *, stacked: bool) -> Run:
                     p.copy_(param)
 
     return Run(step, lambda: arrays.x)
+
+
+def build_torch_sparse(case: Case, table: Table) -> Run:
+    """Step sparse gradients, made of their parts each time as the backward pass makes them."""
+    import torch
+
+    (param,) = params = [_tensor(x).requires_grad_() for x in table.x]
+    opt = torch.optim.SGD(params, lr=LR)
+    values = _tensor(table.values)
+    sets = cycle([_tensor(indices)[None] for indices in table.indices])
+
+    def step() -> None:
+        param.grad = torch.sparse_coo_tensor(
+            next(sets), values, param.shape, check_invariants=False
+        )
+        opt.step()
+
+    return Run(
+        step, lambda: table.x, expected=table.after_two("sgd"), warm_up=len(table.indices)
+    )
 
 
 # torch.compile recompiles for each optimizer, and after eight goes on without: a process each.
@@ -352,11 +375,21 @@ OUTERS = [
     )
     for name in ("stacked", "in place")
 ]
+IN_ROWS = [
+    Contender(
+        "PyTorch, sparse, no momentum", build_torch_sparse, jobs=(ROWS,), threaded=True
+    ),
+    Contender(
+        "PyTorch, dense",
+        partial(build_dense, build=partial(build_torch, implementation="fused")), jobs=(ROWS,),
+        workloads=WITH_DENSE.__contains__, threaded=True,
+    ),
+]
 
 
-def installed_outers() -> list[Contender]:
-    """Return the peers of an outer step that can be measured here."""
-    return [] if missing(MODULES["PyTorch"]) else OUTERS
+def with_torch(contenders: list[Contender]) -> list[Contender]:
+    """Return peers that are all PyTorch's where it can be measured here, and else none."""
+    return [] if missing(MODULES["PyTorch"]) else contenders
 
 
 def installed() -> list[Contender]:

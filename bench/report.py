@@ -13,25 +13,31 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cases import OUTERS, PIPELINE, STORAGES, Case
+from cases import OUTERS, PIPELINE, ROWS, STORAGES, TOUCHED, WIDTH, Case
 from contenders import (
     ALONE,
     FLOWER,
     LIMIT,
     LITERAL,
+    NUMPY_ROWS,
     OUT,
     OUTER_STEP,
     OUTER_WEIGHTED,
+    ROWS_DENSE,
+    ROWS_EXACT,
+    ROWS_LAZY,
+    ROWS_SMALL,
     STEP,
     WIDE,
 )
+from peers import IN_ROWS
 from peers import OUTERS as PEERS_OUTER
 from samples import TWO_MODES, Sample, figure, number, thinned
 from shapes import MODELS, TRAININGS
 from targets import FAR, FAR_NS, FUSED, RESIDENT_MB, TARGETS, Target
 
 Row = dict[str, Any]
-Key = tuple[str, str, str, int]     # job, workload, dtype, storage or replicas, threads
+Key = tuple[str, str, str, int]     # job, workload, dtype or storage or replicas or rows, threads
 
 READING = (
     f"Medians with quartiles; {TWO_MODES} where the values fall into two groups with a gap, so "
@@ -88,7 +94,8 @@ class Results:
         self.n_bytes: dict[Key, int] = {}
         self._round_trips: dict[tuple[Key, str], list[int]] = {}
         for row in rows:
-            variant = row.get("outer") or row.get("storage") or row["dtype"]
+            named = (row.get(field) for field in ("touched", "outer", "storage"))
+            variant = next(filter(None, named), row["dtype"])
             key = (row["job"], row["workload"], variant, row["threads"])
             name = row["contender"]
             if (trip := row.get("round_trip")) is not None:
@@ -163,6 +170,7 @@ def plural(n: int, noun: str) -> str:
 
 def title(job: str, workload: str) -> str:
     size = workload if workload in MODELS else f"{int(float(workload)):,}"
+    size += f" × {WIDTH}" * (job == ROWS)
     return f"{Case(job, workload).label}, {size}"
 
 
@@ -226,6 +234,19 @@ def against_others(ours: str) -> dict[str, Column]:
     }
 
 
+def bytes_each(field: str) -> tuple[str, Column]:
+    """Return the column of the bytes that a variant moves for each parameter."""
+    return "bytes", lambda results, key, name: str(
+        Case(key[0], key[1], **{field: key[2]}).bytes_each
+    )
+
+
+def ns_a_row(results: Results, key: Key, name: str) -> str:
+    """Return the nanoseconds of a step over the rows it is given."""
+    time = results.time(key, name)
+    return figure(time and Sample.of(us * 1e3 / TOUCHED[key[2]].n for us in time.values))
+
+
 COLUMNS: dict[str, dict[str, Column]] = {
     "engine": TIME_COLUMNS | {
         "against NumPy out=": ratio_over(OUT),
@@ -234,6 +255,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
     "peers": against_others(STEP),
     "storage": against_others(STEP),
     "outer": against_others(OUTER_STEP),
+    "rows": {"ns a row": ns_a_row, **against_others(ROWS_EXACT)},
 }
 
 
@@ -242,19 +264,25 @@ class Variants:
     """What tells the cases of a suite apart besides job, workload and threads."""
 
     heading: str
-    field: str                          # of `Case`
     names: Iterable[str]
     ours: str
+    column: tuple[str, Column]          # what is said of a variant besides the time
     ratios: dict[str, tuple[str, str]]  # heading: who, over whom
 
 
 VARIANTS = {
     "storage": Variants(
-        "stored as", "storage", STORAGES, STEP, {"against float32": (STEP, WIDE)}
+        "stored as", STORAGES, STEP, bytes_each("storage"), {"against float32": (STEP, WIDE)}
     ),
-    "outer": Variants("replicas", "outer", OUTERS, OUTER_STEP, {
+    "outer": Variants("replicas", OUTERS, OUTER_STEP, bytes_each("outer"), {
         f"against {FLOWER}, weighted": (OUTER_WEIGHTED, FLOWER),
         **{f"against {peer.name}": (OUTER_STEP, peer.name) for peer in PEERS_OUTER},
+    }),
+    "rows": Variants("a step", TOUCHED, ROWS_EXACT, ("ns a row", ns_a_row), {
+        f"against {name}": (ROWS_EXACT, name)
+        for name in [
+            ROWS_SMALL, ROWS_LAZY, ROWS_DENSE, *[c.name for c in [*IN_ROWS, *NUMPY_ROWS]],
+        ]
     }),
 }
 
@@ -314,11 +342,11 @@ def variant_tables(results: Results, of: Variants) -> str:
             if (time := results.time(key, of.ours)) is None:
                 continue
             rows.append([
-                name, str(Case(job, workload, **{of.field: name}).bytes_each), figure(time),
+                name, of.column[1](results, key, of.ours), figure(time),
                 figure(results.speedup(key, of.ours, LIMIT)),
                 *[figure(results.speedup(key, *pair), times=True) for pair in of.ratios.values()],
             ])
-        head = [of.heading, "bytes", "µs", "of its limit", *of.ratios]
+        head = [of.heading, of.column[0], "µs", "of its limit", *of.ratios]
         parts += [f"**{title(job, workload)}, {plural(threads, 'thread')}**\n", table(head, rows)]
     return "\n".join(parts)
 
@@ -426,6 +454,8 @@ def outline(summary: dict[str, Any], results: Results) -> str:
             "### Replicas\n", variant_tables(results, VARIANTS[suite]),
             "### Memory\n", resident_table(summary["resident"]),
         ]
+    if suite == "rows":
+        parts += ["### Rows\n", variant_tables(results, VARIANTS[suite])]
     if suite != "engine":
         ours = VARIANTS[suite].ours if suite in VARIANTS else STEP
         parts += ["### Where a peer wins\n", wins_of_peers(results, ours)]
@@ -458,8 +488,8 @@ def write(
         ``<!-- bench:end -->``.
     docs : pathlib.Path, optional
         Where targets and the cases that others win go, between ``<!-- engine:begin -->``,
-        ``<!-- peers:begin -->``, ``<!-- storage:begin -->`` or ``<!-- outer:begin -->`` and their
-        ends. The tables of all results are in the folder.
+        ``<!-- peers:begin -->``, ``<!-- storage:begin -->``, ``<!-- outer:begin -->`` or
+        ``<!-- rows:begin -->`` and their ends. The tables of all results are in the folder.
     """
     from figures import engine_figure, roofline_figure
 

@@ -37,7 +37,7 @@ def measured(*, quick: bool) -> list[dict[str, Any]]:
         {"workload": workload, "outer": case.outer, "contender": contender.name,
          "mb": round(apart(case, contender.build) / 1e6, 2)}
         for case in cases
-        for contender in [*OPTCORE_OUTERS, *peers.installed_outers(), NUMPY_OUTER]
+        for contender in [*OPTCORE_OUTERS, *peers.with_torch(peers.OUTERS), NUMPY_OUTER]
     ]
 
 

@@ -18,7 +18,7 @@ from machine import cores, describe  # noqa: E402
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=["engine", "peers", "storage", "outer"])
+    parser.add_argument("suite", choices=["engine", "peers", "storage", "outer", "rows"])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, models and repeats")
     parser.add_argument("--repeats", type=int, help="times that each case is measured")

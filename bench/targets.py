@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cases import HALF, OUTER, OUTERS
+from cases import HALF, OUTER, OUTERS, ROWS, TOUCHED
 from contenders import (
     ALONE,
     FLOWER,
@@ -13,10 +13,13 @@ from contenders import (
     OUT,
     OUTER_STEP,
     OUTER_WEIGHTED,
+    ROWS_DENSE,
+    ROWS_EXACT,
+    ROWS_SMALL,
     STEP,
     WIDE,
 )
-from peers import NAMES
+from peers import IN_ROWS, NAMES
 from peers import OUTERS as PEERS_OUTER
 from samples import Sample
 
@@ -135,5 +138,15 @@ TARGETS = [
             (OUTER_STEP, tuple(peer.name for peer in PEERS_OUTER), 1.5),
             (OUTER_STEP, (LIMIT,), 0.9),
         ]
+    ],
+    # Rows: what a step costs does not depend on the table
+    *[
+        Target("rows", ROWS, "1e6", ROWS_EXACT, (than,), at_least, variant=f"1,000 rows, {drawn}")
+        for drawn in ("uniform", "Zipf")
+        for than, at_least in [(ROWS_DENSE, 100.0), (IN_ROWS[0].name, 3.0)]
+    ],
+    *[
+        Target("rows", ROWS, "1e7", ROWS_EXACT, (ROWS_SMALL,), 1 / 1.5, variant=touched)
+        for touched, rows in TOUCHED.items() if rows.zipf
     ],
 ]

@@ -20,6 +20,7 @@ import peers  # noqa: E402
 import report  # noqa: E402
 import resident  # noqa: E402
 import shapes  # noqa: E402
+import tables  # noqa: E402
 import training  # noqa: E402
 from samples import KEPT, Sample, thinned  # noqa: E402
 from targets import FAR, FIELD, FUSED, TARGETS, Target  # noqa: E402
@@ -60,7 +61,7 @@ def test_a_wrong_shape_is_noticed(monkeypatch):
 
 
 def check(contender, case):
-    arrays = cases.Arrays(case)
+    arrays = (tables.Table if case.touched else cases.Arrays)(case)
     arrays.reset()
     with contender.at_level():
         arrays.check(contender.build(case, arrays), exact=contender.exact)
@@ -100,7 +101,7 @@ def test_bytes_of_storages():
     assert cases.Case("pipeline", SMALL, "float64").bytes_each == 72
 
 
-OUTERS = [*contenders.OUTERS, contenders.NUMPY_OUTER, *peers.installed_outers()]
+OUTERS = [*contenders.OUTERS, contenders.NUMPY_OUTER, *peers.with_torch(peers.OUTERS)]
 
 
 @pytest.mark.parametrize("outer", cases.OUTERS)
@@ -145,6 +146,72 @@ def test_what_an_outer_step_takes_beyond_its_arrays():
     assert ours < 1e6
     # Flower's mean, its differences, two of momentum's and the new parameters: 4 MB each
     assert resident.apart(case, contenders.build_flower) > ours + 8e6
+
+
+IN_ROWS = [
+    *contenders.OPTCORE_ROWS[:2], contenders.OPTCORE_DENSE, *contenders.NUMPY_ROWS,
+    *peers.with_torch(peers.IN_ROWS),
+]
+
+
+def rows_case(touched, workload="3000"):        # more than one period of the data
+    return cases.Case(cases.ROWS, workload, touched=touched)
+
+
+@pytest.mark.parametrize("touched", ["10 rows, uniform", "1,000 rows, Zipf"])
+@pytest.mark.parametrize("contender", IN_ROWS, ids=lambda c: c.name)
+def test_steps_on_rows_equal_the_reference(contender, touched):
+    check(contender, rows_case(touched))
+
+
+def test_who_is_measured_on_rows():
+    large = rows_case("10 rows, Zipf", "1e7")
+    everyone = [*contenders.OPTCORE_ROWS, contenders.OPTCORE_DENSE, *contenders.NUMPY_ROWS]
+    dense, small = contenders.ROWS_DENSE, contenders.ROWS_SMALL
+    names = {c.name for c in everyone}
+    assert {c.name for c in everyone if c.takes(large)} == names - {dense}
+    assert {c.name for c in everyone if c.takes(replace(large, workload="1e5"))} == names - {small}
+    assert not contenders.OPTCORE_DENSE.takes(cases.Case("momentum", "1e6"))
+
+
+def test_the_check_of_rows_notices():
+    case = rows_case("1,000 rows, Zipf")
+    table = tables.Table(case)
+
+    def other(build=contenders.build_rows, **more):
+        return replace(build(case, table), **more)
+
+    def two_in_one():
+        run = contenders.build_rows(case, table)
+        return replace(run, step=lambda: (run.step(), table.x[0][-1:].__iadd__(1)))
+
+    for build, exact in [
+        (lambda: other(lambda *both: contenders.build_rows(*both, lazy="rows"), expected=None), 0),
+        (lambda: other(expected=table.after_two(lazy=True)), False),
+        (lambda: other(expected=table.after_two("sgd")), False),
+        (lambda: other(params=lambda: table.x), False),     # what is not touched stays behind
+        (two_in_one, False),
+        (lambda: other(expected=np.nextafter(table.expected, np.float32(9))), True),
+    ]:
+        table.reset()
+        with pytest.raises(AssertionError, match=r"row \d+ is not"):
+            table.check(build(), exact=exact)
+
+
+@pytest.mark.parametrize("touched", cases.TOUCHED)
+def test_rows_are_drawn_as_they_are_called(touched):
+    n = 1000
+    table = tables.Table(rows_case(touched, str(n)))
+    drawn = np.concatenate(table.indices)
+    assert drawn.shape == (tables.ROTATION,)
+    assert len(table.values) == len(table.indices[0]) == cases.TOUCHED[touched].n
+    counts = np.sort(np.bincount(drawn, minlength=n))[::-1] / drawn.size
+    rank = np.arange(1, n + 1)
+    shares = np.log1p(1 / rank) / np.log(n + 1) if "Zipf" in touched else 1 / n
+    assert counts.all()                                 # no two ranks meet
+    assert np.allclose(counts[:10], np.broadcast_to(shares, n)[:10], rtol=0.3)
+    assert not np.array_equal(table.indices[0], table.indices[1])
+    assert rows_case(touched).n_bytes == 20 * 64 * cases.TOUCHED[touched].n
 
 
 def test_the_check_of_noise_reaches_the_last_element_and_the_seed(monkeypatch):
@@ -407,6 +474,27 @@ def test_the_limit_of_outer_steps(outer, built):
         assert x[0] == pytest.approx(stepped, rel=0, abs=1e-6)
 
 
+@pytest.mark.parametrize("touched", cases.TOUCHED)
+def test_the_limit_of_rows(touched, built):
+    case = cases.Case(cases.ROWS, "3000", threads=2, touched=touched)
+    table = tables.Table(case)
+    try:
+        run = limit.rows_limit_contender(built).build(case, table)
+    except limit.NoCompilerError as reason:
+        pytest.skip(str(reason))
+    run.step()
+    (x,) = run.params()
+    want, v = np.full((2, *x.shape), 0.5, np.float32)
+    for indices in table.indices[: run.calls]:
+        rows = list(dict.fromkeys(indices))             # each once, as it comes first
+        v[rows] = np.float32(0.9) * v[rows] + table.values[: len(rows)]
+        want[rows] -= np.float32(0.1) * v[rows]
+    assert np.allclose(x, want, rtol=0, atol=1e-3)
+    for _ in range(run.warm_up):
+        run.step()                                      # all sets, and the first again
+    assert run.warm_up * run.calls == len(table.indices)
+
+
 def test_rows_leave_the_rounds_out():
     raw = {"benchmarks": [{
         "extra_info": {**row("it"), "calls": 10}, "stats": {"data": [7e-5, 5e-5]},
@@ -558,10 +646,12 @@ def test_targets_name_contenders_that_exist():
     names = {contender.name for contender in ours} | {
         contenders.LIMIT, contenders.WIDE, *peers.NAMES,
         contenders.FLOWER, *[c.name for c in [*contenders.OUTERS, *peers.OUTERS]],
+        *[c.name for c in [*contenders.OPTCORE_ROWS, contenders.OPTCORE_DENSE, *peers.IN_ROWS]],
     }
+    variants = {"outer": cases.OUTERS, "rows": cases.TOUCHED}
     for target in TARGETS:
         assert {target.who.removesuffix(FAR), *target.than} <= names
-        assert target.variant in (cases.OUTERS if target.suite == "outer" else cases.STORAGES)
+        assert target.variant in variants.get(target.suite, cases.STORAGES)
 
 
 @pytest.mark.parametrize("suite", ["engine", "peers"])
@@ -671,6 +761,38 @@ def test_report_of_outer_steps(tmp_path):
     assert "at most 1.50: **missed**" in report.resident_table(summary["resident"])
     assert "Not measured" in report.resident_table([])
     assert "Nowhere" in report.wins_of_peers(report.Results(rows), contenders.OUTER_STEP)
+
+
+def test_report_of_rows(tmp_path):
+    sparse = peers.IN_ROWS[0].name
+    rows = [
+        row(name, us * scale, job="rows", workload=workload, touched=touched)
+        for workload, touched, scale in [
+            ("1e6", "1,000 rows, uniform", 1), ("1e7", "10,000 rows, Zipf", 10),
+        ]
+        for name, us in {
+            contenders.LIMIT: 100, contenders.ROWS_EXACT: 125, contenders.ROWS_SMALL: 75,
+            contenders.ROWS_DENSE: 12_000, sparse: 400,
+        }.items()
+    ]
+    summary = {
+        "suite": "rows", "quick": False, "machine": MACHINE, "rows": rows, "peers": {},
+        "absent": {},
+    }
+    docs = tmp_path / "docs.md"
+    docs.write_text("<!-- rows:begin -->\n<!-- rows:end -->\n")
+    report.write(summary, tmp_path, docs=docs)
+    text = docs.read_text()
+    for line in [
+        f"| row by row, 1,000,000 × 64, 1,000 rows, uniform | 1 | {contenders.ROWS_EXACT} "
+        f"| {contenders.ROWS_DENSE} | 100× | 96.0× (96.0–96.0) | **missed** |",
+        f"{sparse} | 3.00× | 3.20× (3.20–3.20) | held |",
+        f"{contenders.ROWS_SMALL} | 0.67× | 0.60× (0.60–0.60) | **missed** |",
+        "**row by row, 1,000,000 × 64, 1 thread**",
+        "| 10,000 rows, Zipf | 125 (125–125) | 1,250 (1,250–1,250) | 0.80 (0.80–0.80) | 0.60× (",
+    ]:
+        assert line in text
+    assert "| memory limit | 100 (100–100) | 1,000 (" in (tmp_path / "rows.md").read_text()
 
 
 def test_markers_must_be_there():
