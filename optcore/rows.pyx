@@ -33,7 +33,7 @@ from optcore.sweep cimport (
 import numpy as np
 
 from optcore._arena import allocate_like
-from optcore.arrays import is_array, name_of_dtype
+from optcore.arrays import name_of_dtype
 
 import_array()
 

@@ -766,8 +766,8 @@ cdef class Table:
         """Refuse a parameter that was reshaped in its place while rows of it were behind."""
         if history.n_rows != PyArray_DIM(<ndarray>self._params[i], 0):
             raise ValueError(
-                f"{spell(self._label(b'params', i))} must keep its shape, for rows of it are not up "
-                "to date: call catch_up() before it is given another"
+                f"{spell(self._label(b'params', i))} must keep its shape, for rows of it are not "
+                "up to date: call catch_up() before it is given another"
             )
         return 0
 
