@@ -52,7 +52,7 @@ cdef Cut cut_at(const Tensor *tensors, Py_ssize_t n, Py_ssize_t position) noexce
 
 
 cdef enum:
-    AHEAD = 8               # rows
+    AHEAD = 4               # rows
     LINE = 64
     MOST_AHEAD = 512        # bytes of an array
 
