@@ -14,7 +14,7 @@ from optcore.runtime cimport (
     wall_time,
 )
 from optcore.simd cimport inlined, prefetch
-from optcore.storage cimport Stream, itemsize_of
+from optcore.storage cimport itemsize_of
 from optcore.sweep cimport CHUNK, Row, n_chunks, point_at, sweep_in_use, sweep_t
 
 cdef extern from "<fenv.h>" nogil:
@@ -57,47 +57,47 @@ cdef enum:
     MOST_AHEAD = 512        # bytes of an array
 
 
-cdef inline inlined prefetch_stream(
-    const Stream *stream, Py_ssize_t first, Py_ssize_t n
-) noexcept nogil:
-    cdef Py_ssize_t itemsize = itemsize_of(stream.storage)
-    cdef const char *at = <const char *>stream.data + first * itemsize
-    cdef const char *end = at + min(n * itemsize, <Py_ssize_t>MOST_AHEAD)
-    if stream.data != NULL:
-        while at < end:
-            prefetch(at)
-            at += LINE
-
-
-cdef inline inlined prefetch_row(const Tensor *t, Py_ssize_t first) noexcept nogil:
-    """Ask for a row, which lies anywhere, some rows before it is stepped."""
-    prefetch_stream(&t.param, first, t.width)
-    prefetch_stream(&t.states[0], first, t.width)
+cdef inline inlined prefetch_from(const char *at, Py_ssize_t n_bytes) noexcept nogil:
+    cdef const char *end = at + n_bytes
+    while at < end:
+        prefetch(at)
+        at += LINE
 
 
 cdef void sweep_rows(
     sweep_t sweep, Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    """Sweep over the rows whose first elements, one row after another, lie in [begin, end)."""
+    """Sweep over the rows whose first elements, one row after another, lie in [begin, end).
+
+    They lie anywhere, and are asked for some rows before they are stepped.
+    """
     cdef Tensor one = t[0]
     cdef Py_ssize_t k = (begin + t.width - 1) // t.width
     cdef Py_ssize_t ahead = k, stop = (end + t.width - 1) // t.width
+    cdef Py_ssize_t itemsize = itemsize_of(t.param.storage)
+    cdef Py_ssize_t itemsize_v = itemsize_of(t.states[0].storage) if t.states[0].data != NULL else 0
+    cdef Py_ssize_t n_bytes = min(t.width * itemsize, <Py_ssize_t>MOST_AHEAD)
+    cdef Py_ssize_t n_bytes_v = min(t.width * itemsize_v, <Py_ssize_t>MOST_AHEAD)
+    cdef Py_ssize_t n_partials = n_chunks(t.width)
     cdef const Row *row
     one.rows = NULL
     one.size = t.width
     one.first = 0
+    one.partials = t.partials + k * n_partials
     while k < stop:
-        while ahead < min(k + AHEAD, stop):
-            prefetch_row(t, t.rows[ahead].first)
+        while ahead < stop and ahead <= k + AHEAD:
+            row = &t.rows[ahead]
+            prefetch_from(<const char *>t.param.data + row.first * itemsize, n_bytes)
+            prefetch_from(<const char *>t.states[0].data + row.first * itemsize_v, n_bytes_v)
             ahead += 1
         row = &t.rows[k]
         point_at(&one, t, row.first)
         one.grads, one.n_grads, one.weights = row.grads, row.n_grads, row.weights
         one.behind = row.behind
-        one.partials = t.partials + k * n_chunks(t.width)
         if t.draws:
             one.key = key_of(t.key, row.first // t.width, 0)
         sweep(what, &one, 0, t.width)
+        one.partials += n_partials
         k += 1
 
 
