@@ -196,7 +196,7 @@ MUTANTS = {
         ("    one.partials = t.partials + k * n_partials\n", ""),
         ("            one.key = key_of(t.key, row.first // t.width, 0)\n", "            pass\n"),
         ("        one.behind = row.behind\n", ""),
-        ("row.first * itemsize, n_bytes", "0, n_bytes", "what it asks for comes sooner"),
+        ("row.first * itemsize, n_bytes)", "0, n_bytes)", "what it asks for comes sooner"),
     ],
     "optcore/runtime.pyx": [
         ("return <double>quota / period if quota > 0 and period > 0 else INFINITY",
@@ -457,7 +457,8 @@ MUTANTS = {
         ("        if step.has_rows:\n            raise", "        if False:\n            raise"),
         ("                if (type(gradient) is Rows) != (type((<tuple>sets[0])[j]) is Rows):",
          "                if False:"),
-        ("if not self._skips_rows(i):\n                history", "if True:\n                history"),
+        ("if not self._skips_rows(i):\n                history",
+         "if True:\n                history"),
         ("        if history is not None and history.clock > 0:\n            catch_up_between",
          "        if False:\n            catch_up_between"),
         ("            history.forget()\n", "            pass\n"),
