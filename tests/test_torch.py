@@ -474,16 +474,6 @@ def test_refusals(params, options, words):
         optcore.torch.SGD(params, **options)
 
 
-def test_sparse_gradient():
-    embedding = torch.nn.Embedding(4, 3, sparse=True)
-    opt = optcore.torch.SGD(embedding.named_parameters(), lr=0.1)
-    embedding(torch.tensor([1])).sum().backward()
-    before = embedding.weight.detach().clone()
-    with pytest.raises(TypeError, match=r"grads\[0\] \('weight'\) .*[Ss]parse"):
-        opt.step()
-    assert torch.equal(before, embedding.weight.detach())
-
-
 def test_no_torch_says_what_to_install():
     code = "import sys; sys.modules['torch'] = None; import optcore; import optcore.torch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -841,8 +831,8 @@ def test_nonfinite_gradients_are_named():
         p.grad = torch.full((2,), torch.inf)
         opt.step()
         assert (opt.nonfinite_params, opt.grad_norm) == ([0], float("inf"))
-        p.grad = torch.ones(2).to_sparse()
-        with pytest.raises(TypeError, match="grads"):
+        p.grad = p.detach()         # which no step may write and read
+        with pytest.raises(ValueError, match="grads"):
             opt.step()
         assert opt.nonfinite_params == [0]
         forget()
@@ -863,8 +853,8 @@ def test_networks_with_equal_names():
     same(script)
     p, q = parameter(), parameter()
     opt = optcore.torch.SGD([("weight", p), ("weight", q)], lr=1.0)
-    q.grad = torch.ones(2).to_sparse()
-    with pytest.raises(TypeError, match=r"grads\[1\]"):
+    q.grad = q.detach()
+    with pytest.raises(ValueError, match=r"grads\[1\]"):
         opt.step()
 
 
