@@ -434,7 +434,8 @@ cdef class Plan(Table):
         Parameters
         ----------
         grads : array, sequence, mapping or nest of them, in the structure of `params`, optional
-            Each float64 where its parameter is, else float32, bfloat16 or float16.
+            Each float64 where its parameter is, else float32, bfloat16 or float16; or `Rows`, where
+            it is zero but for some rows.
             A parameter whose gradient is None is left out entirely, and so are all of a container
             that is None. Gradients may lie otherwise than their parameters (transposed, strided):
             they are copied then, into a buffer that is kept for the next step. Without `grads`,
@@ -452,8 +453,9 @@ cdef class Plan(Table):
         Raises
         ------
         TypeError, ValueError
-            For gradients and hyper-parameters that are not as they must be; RuntimeError
-            where a step of this optimizer is under way. Nothing has changed then.
+            For gradients and hyper-parameters that are not as they must be; IndexError for `Rows`
+            with numbers of rows that there are not; RuntimeError where a step of this optimizer is
+            under way. Nothing has changed then.
         """
         return self._exclusively(take_step, grads, grad_scale, zero_grad)
 
