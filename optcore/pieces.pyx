@@ -218,15 +218,9 @@ cdef class Stepping(Piece):
         if step.has_rows:
             plan._lay_rows(sets, GRADS, &step)
         # Nothing from here on can fail
-        plan._catch_up_stepped(&step)
-        if step.has_rows:
-            plan._by_row.key_noise(plan._tensors)
-            sweep_all(STEP, plan._by_row.at, plan._by_row.n, step.n_elements)
-            plan._by_row.stamp(plan._tensors)
-        else:
-            for j in range(n):
-                tensors[j] = plan._tensors[step.part[j]]
-            sweep_all(STEP, tensors, n, step.n_elements)
+        for j in range(n):
+            tensors[j] = plan._tensors[step.part[j]]
+        plan._sweep(tensors, n, &step)
         if plan._to_return is not None:
             plan._return_scattered()
         for j in range(n):

@@ -2,6 +2,7 @@
 from optcore.memory cimport Buffer
 from optcore.norm cimport Norm
 from optcore.options cimport Options
+from optcore.sweep cimport Tensor
 from optcore.table cimport Step, Table
 
 # What `_exclusively` runs
@@ -48,5 +49,6 @@ cdef class Plan(Table):
     cdef const double *_weights_of(self, object weights, Py_ssize_t n) except? NULL
     cdef double _current_ema_decay(self) except -1
     cdef void _key_noise(self) noexcept
+    cdef void _sweep(self, const Tensor *tensors, Py_ssize_t n, const Step *step) noexcept
     cdef Py_ssize_t _index_of(self, object key) except -1
     cdef bint _step(self, Step *step) except -1

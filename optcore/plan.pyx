@@ -377,6 +377,16 @@ cdef class Plan(Table):
             for i in range(self._n):
                 self._tensors[i].key = key_of(self._own.seed, self._step_count, i)
 
+    cdef void _sweep(self, const Tensor *tensors, Py_ssize_t n, const Step *step) noexcept:
+        """Step these tensors or, where the step has Rows, those that were laid for it."""
+        self._catch_up_stepped(step)
+        if step.has_rows:
+            self._by_row.key_noise(self._tensors)
+            tensors, n = self._by_row.at, self._by_row.n
+        sweep_all(STEP, tensors, n, step.n_elements)
+        if step.has_rows:
+            self._by_row.stamp(self._tensors)
+
     cdef bint _step(self, Step *step) except -1:
         """Measure, sweep, keep the books; whether the step was applied."""
         cdef Py_ssize_t i, n = self._n
@@ -404,12 +414,7 @@ cdef class Plan(Table):
         if not skips:
             self._groups.form_scalars(step.scale, step.ema_decay)
             self._key_noise()
-            self._catch_up_stepped(step)
-            if step.has_rows:
-                self._by_row.key_noise(self._tensors)
-            sweep_all(STEP, tensors, n, step.n_elements)
-            if step.has_rows:
-                self._by_row.stamp(self._tensors)
+            self._sweep(tensors, n, step)
             if step.starts:
                 with critical_section(self):
                     for i in range(self._n):
@@ -718,6 +723,12 @@ cdef class Plan(Table):
         brought up to date; what `copies` the optimizer has them as they are and their "histories".
         """
         return self._exclusively(copy_state, include_params, copies)
+
+    @property
+    def _has_histories(self):
+        """Whether rows may be behind: a parameter was stepped by some of its rows."""
+        with critical_section(self):
+            return bool(self._any_history)
 
     def _copy_histories(self):
         return self._exclusively(copy_histories)

@@ -5,8 +5,8 @@ group's scalars, the same for all rows. `History` keeps the product of the matri
 steps that a row has missed, so that the row is brought up to date when it is next needed. M itself
 is what the sweep makes of (1, 0) and (0, 1): the equations stand in rules.pxd and nowhere else.
 
-`RowTensors` makes a tensor of each row that a step touches, and its gradients are the values
-given for that row. From there on it is a step like any other.
+`RowTensors` lists the rows that a step touches, the values given for a row being its gradients.
+Sweeps go over these rows where they lie; from there on it is a step like any other.
 """
 cimport cython
 from libc.math cimport isfinite
@@ -139,9 +139,7 @@ cdef class Rows:
 
 
 cdef object as_gradient(object given, bint written, Label label):
-    """What a step takes as a gradient: a NumPy array over its memory, or Rows."""
-    if type(given) is Rows:
-        return given
+    """What a step takes another library's gradient as: a NumPy array over its memory, or Rows."""
     if is_tensor(given) and given.is_sparse:
         if given.sparse_dim() != 1:
             raise TypeError(

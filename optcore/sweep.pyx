@@ -511,8 +511,8 @@ cdef inline inlined step_blocks(
 
     Where all lies open, and is more than a few lines, the first block ends where the parameter
     reaches a cache line, so that no later load or store of it splits one; NumPy's own arrays lie
-    16 bytes past a line. Else blocks
-    are the runs on which the noise is laid; `begin` is a multiple of CHUNK.
+    16 bytes past a line. Else blocks are the runs on which the noise is laid; `begin` is a multiple
+    of CHUNK.
     """
     cdef uint32_t noise[2][BLOCK]
     cdef real scratch_x[BLOCK]

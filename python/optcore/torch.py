@@ -139,13 +139,11 @@ class _Owner(NamedTuple):
         """Return a gradient as the plan takes it."""
         if grad is None:
             return None
-        if grad.is_sparse:
-            if self.order is not None:
-                raise ValueError(
-                    f"{self.label} must be contiguous to be stepped by a sparse gradient: give "
-                    "torch.nn.Parameter(p.contiguous())"
-                )
-            return grad
+        if self.order is not None and grad.is_sparse:
+            raise ValueError(
+                f"{self.label} must be contiguous to be stepped by a sparse gradient: give "
+                "torch.nn.Parameter(p.contiguous())"
+            )
         if hasattr(grad, "to_local") and grad.placements != self.param.placements:
             grad = grad.detach().redistribute(placements=self.param.placements)
         return self.turned(grad.resolve_neg() if grad.is_neg() else grad)
@@ -354,7 +352,6 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     _measured: tuple[float | None, list[Any]] = (None, [])
     _in_backward = False
     _replicas: Any = None   # the DistributedDataParallel model that averages the gradients
-    _by_rows = False        # whether a gradient was sparse
     _histories: list[Any] | None = None     # of a copy's rows, until it has a plan
     _piece: Stepping | None = None      # the step that backward() has begun
 
@@ -504,7 +501,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                 "copy's model would not tell it of gradients: build one with the other model and "
                 "load_state_dict(opt.state_dict())"
             )
-        own = ("_own", "_complete", "_skipped", "_applied", "_measured", "_in_backward", "_by_rows")
+        own = ("_own", "_complete", "_skipped", "_applied", "_measured", "_in_backward")
         histories = self._histories if self._plan is None else self._plan._copy_histories()
         return {
             **super().__getstate__(), **{name: getattr(self, name) for name in own},
@@ -636,7 +633,6 @@ class SGD(torch.optim.Optimizer, GroupOptions):
             self._measured = (None, [])
             return loss
         plan = self._current_plan()
-        self._watch_rows([owner.param for owner in self._owners])
         grads = [owner.gradient(owner.param.grad) for owner in self._owners]
         taken = [owner.param for owner, grad in zip(self._owners, grads, strict=True)
                  if grad is not None]
@@ -645,6 +641,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
             return loss
         scale = getattr(self, "grad_scale", None)
         applied = plan.step(grads, grad_scale=1.0 if scale is None else 1 / float(scale))
+        self._watch_rows(plan)
         self._measured = (plan.grad_norm, plan.nonfinite_params)
         self._applied = plan.step_count
         if applied:
@@ -659,12 +656,9 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
     # Sparse gradients
 
-    def _watch_rows(self, params: Iterable[Any]) -> None:
-        """Have embedding layers say what they read, from the first sparse gradient on."""
-        if not self._by_rows and any(
-            param.grad is not None and param.grad.is_sparse for param in params
-        ):
-            self._by_rows = True
+    def _watch_rows(self, plan: optcore.SGD) -> None:
+        """Have embedding layers say what they read, once rows may be behind."""
+        if plan._has_histories:
             _lookups.watch(self)
 
     def _steps(self, param: Any) -> bool:
@@ -674,9 +668,9 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     def catch_up(self, param: Any = None, rows: Any = None) -> None:
         """Bring rows up to date that sparse gradients have not touched, before they are read.
 
-        Embedding layers do it in their forward pass, and state dictionaries, copies and pickles by
-        themselves. It is for what reads a table otherwise: ``F.embedding``, an evaluation, the
-        model's own ``state_dict()``.
+        Embedding layers do it in their forward pass, and state dictionaries by themselves; copies
+        and pickles take along what rows have missed. It is for what reads a table otherwise:
+        ``F.embedding``, an evaluation, the model's own ``state_dict()``.
 
         Parameters
         ----------
@@ -697,7 +691,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         if self._plan is None and self._histories is not None:
             self._build()
         plan = self._plan
-        if plan is None or not self._by_rows:
+        if plan is None or not plan._has_histories:
             return
         if param is None:
             plan.catch_up()
@@ -742,7 +736,6 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         plan = self._current_plan() if self._piece is None else self._plan
         if plan is None:
             return
-        self._watch_rows(gradients)
         given = {}
         for param, grad in gradients.items():
             i = self._places.get(param)
@@ -766,6 +759,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                 piece.step(given)
                 beginning.pop_all()     # it stays open
             self._piece = piece
+        self._watch_rows(plan)
         self._stepped.update(given)
         taken = [self._owners[i].param for i in given]
         # The plan writes behind autograd's back, which must learn of it.
