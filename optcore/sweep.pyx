@@ -55,8 +55,11 @@ cdef enum:
     # Elements that a stage hands to the next: 1 to 2 KiB an array. Measured: with 4 KiB the
     # four streams of a pipeline reach memory in bursts, and it takes an eighth longer.
     BLOCK = GRID
-    # The same where several gradients are added, AT_ONCE of them in one loop. Measured with ten, in
-    # memory: one in a loop takes twice the time, for then a core waits for one stream alone.
+    # Of several gradients AT_ONCE are added in one loop; one takes twice the time of four, for then
+    # a core waits for one stream alone. All but the last few are added over a LONG_BLOCK: with ten
+    # in memory shorter ones take a quarter longer. The last few, and what is written back while it
+    # is in L1, in a SHORT_BLOCK.
+    LONG_BLOCK = 4096
     SHORT_BLOCK = 64
     AT_ONCE = 4
     LINE = 64           # bytes of a cache line
@@ -396,20 +399,36 @@ cdef inline inlined add_several(
         d[i] = sum + w1 * g1[i] + w2 * g2[i] + w3 * g3[i]
 
 
+cdef inline int n_before_last(const Tensor *t) noexcept nogil:
+    """Gradients before the last few."""
+    return (t.n_grads - 1) // AT_ONCE * AT_ONCE
+
+
+cdef inline Py_ssize_t most_at_once(const Tensor *t, real arithmetic) noexcept nogil:
+    """Elements over which the gradients before the last few are added."""
+    cdef int k
+    if t.write_back:
+        return SHORT_BLOCK
+    for k in range(t.n_grads):
+        if not holds(t.grads[k].storage, arithmetic):
+            return BLOCK
+    return LONG_BLOCK
+
+
 cdef inline inlined add_gradients(
-    real *restrict d, const Tensor *t, int end, Py_ssize_t begin, Py_ssize_t n, real *nothing,
+    real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, real *nothing,
     const Converters c,
 ) noexcept nogil:
-    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before `end`, a multiple of AT_ONCE or the last;
-    w is 1 without weights."""
+    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before the last few; w is 1 without weights."""
     cdef real[AT_ONCE][BLOCK] scratch
     cdef Several several
-    cdef int k = AT_ONCE
-    open_several(&several, t, 0, begin, n, scratch, nothing, c)
-    add_several(d, &several, True, n)
-    while k < end:
+    cdef int k = 0, n_before = n_before_last(t)
+    while k < n_before:
         open_several(&several, t, k, begin, n, scratch, nothing, c)
-        add_several(d, &several, False, n)
+        if k == 0:
+            add_several(d, &several, True, n)
+        else:
+            add_several(d, &several, False, n)
         k += AT_ONCE
 
 
@@ -420,28 +439,28 @@ cdef inline inlined fill_nothing(real *nothing) noexcept nogil:
 
 
 cdef inline inlined less_mean(
-    real *restrict d, const real *restrict x, const real *restrict sums, real share, Py_ssize_t n
+    real *restrict d, const real *restrict x, real share, Py_ssize_t n
 ) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
-        d[i] = x[i] - share * sums[i]
+        d[i] = x[i] - share * d[i]
 
 
-cdef inline inlined form_direction(
+cdef inline inlined add_last(
     real *restrict d, const Tensor *t, const real *restrict x, Py_ssize_t begin, Py_ssize_t n,
     real *nothing, const Converters c,
 ) noexcept nogil:
     """What takes the gradient's place: the sum, or of an outer step d = x - share * sum."""
-    cdef real[SHORT_BLOCK] scratch
-    cdef real *sums = scratch
-    if not t.outer:
-        add_gradients(d, t, t.n_grads, begin, n, nothing, c)
-        return
-    if t.n_grads == 1:
-        opened(&sums, t.grads, begin, n, scratch, False, c)
+    cdef real[AT_ONCE][BLOCK] scratch
+    cdef Several last
+    cdef int n_before = n_before_last(t)
+    open_several(&last, t, n_before, begin, n, scratch, nothing, c)
+    if n_before == 0:
+        add_several(d, &last, True, n)
     else:
-        add_gradients(scratch, t, t.n_grads, begin, n, nothing, c)
-    less_mean(d, x, sums, <real>t.share, n)
+        add_several(d, &last, False, n)
+    if t.outer:
+        less_mean(d, x, <real>t.share, n)
 
 
 cdef inline inlined scale_and_clip(
@@ -516,7 +535,7 @@ cdef inline inlined step_blocks(
     """
     cdef uint32_t noise[2][BLOCK]
     cdef real scratch_x[BLOCK]
-    cdef real scratch_d[BLOCK]
+    cdef real scratch_d[LONG_BLOCK]
     cdef real scratch[MOST_STATES][BLOCK]
     cdef real *x
     cdef real *d
@@ -530,19 +549,20 @@ cdef inline inlined step_blocks(
     cdef bint trailed = t.ema != NULL or t.zero_grad
     # Whether the rule's own loop adds the last replicas; there is one for the commonest options
     cdef bint fuses = is_open and t.outer and not clips and s.weight_decay == 0
-    cdef int n_before = (t.n_grads - 1) // AT_ONCE * AT_ONCE
     cdef real nothing[BLOCK]
     cdef real replicas[AT_ONCE][BLOCK]
     cdef Several last
+    # Gradients before the last few, and where they are added by now
+    cdef int n_before = n_before_last(t) if adds(t) else 0
+    cdef Py_ssize_t first = begin, added = begin, most = BLOCK
     cdef int k
     fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
     if adds(t):
         fill_nothing(nothing)
         last.share = t.share
-    if fuses and n_before == 0:
-        block = BLOCK
-    elif adds(t):                               # whole runs of noise take several of them
-        block = SHORT_BLOCK
+        if n_before > 0:
+            most = most_at_once(t, arithmetic)
+        block = min(most, <Py_ssize_t>(BLOCK if fuses else SHORT_BLOCK))
     elif clips or trailed or not is_open:
         block = BLOCK
     if is_open and end - begin > BLOCK:
@@ -553,14 +573,18 @@ cdef inline inlined step_blocks(
         n = min(n, end - begin)
         opened(&x, &t.param, begin, n, scratch_x, is_open, c)
         d = scratch_d
+        if n_before > 0:
+            if begin == added:
+                first = begin
+                added += min(most if n == block else n, end - begin)
+                add_gradients(d, t, begin, added - begin, nothing, c)
+            d = scratch_d + begin - first
         if fuses:
-            if n_before > 0:
-                add_gradients(d, t, n_before, begin, n, nothing, c)
-            else:
+            if n_before == 0:
                 d = nothing
             open_several(&last, t, n_before, begin, n, replicas, nothing, c)
         elif adds(t):
-            form_direction(d, t, x, begin, n, nothing, c)
+            add_last(d, t, x, begin, n, nothing, c)
         elif clips:
             fetch(d, t.grads, begin, n, c)
         else:
@@ -684,7 +708,8 @@ cdef inline Py_ssize_t count_nonfinite(
     cdef Py_ssize_t i, count = 0
     for i in range(begin, end):
         opened(&x, &t.param, i, 1, &scratch, False, c)
-        form_direction(&d, t, x, i, 1, &nothing, c)
+        add_gradients(&d, t, i, 1, &nothing, c)
+        add_last(&d, t, x, i, 1, &nothing, c)
         count += not isfinite(<double>d)
     return count
 
@@ -694,31 +719,36 @@ cdef inline inlined squares(
 ) noexcept nogil:
     """Fill the partials of the chunks in [begin, end); `begin` is a multiple of CHUNK."""
     cdef double lanes[LANES]
-    cdef real[BLOCK] scratch
+    cdef real[LONG_BLOCK] scratch
     cdef real[BLOCK] scratch_x
     cdef real[BLOCK] nothing
     cdef real *d
     cdef real *x
-    cdef Py_ssize_t block = CHUNK
-    cdef Py_ssize_t i, n, stop
+    cdef Py_ssize_t most = CHUNK
+    cdef Py_ssize_t i, n, first, added, stop
     cdef Partial *partial
     if adds(t):
-        block = SHORT_BLOCK
+        most = most_at_once(t, arithmetic)
         fill_nothing(nothing)
     elif not holds(t.grads[0].storage, arithmetic):
-        block = BLOCK
+        most = BLOCK
     while begin < end:
         stop = min(begin + CHUNK, end)
         partial = &t.partials[begin // CHUNK]
         memset(lanes, 0, sizeof(lanes))
-        i = begin
+        added = i = begin
         while i < stop:
-            n = min(block, stop - i)
             if adds(t):
-                d = scratch
+                if i == added:
+                    first = i
+                    added = min(i + most, stop)
+                    add_gradients(scratch, t, i, added - i, nothing, c)
+                n = min(SHORT_BLOCK, added - i)
+                d = scratch + i - first
                 opened(&x, &t.param, i, n, scratch_x, False, c)
-                form_direction(d, t, x, i, n, nothing, c)
+                add_last(d, t, x, i, n, nothing, c)
             else:
+                n = min(most, stop - i)
                 opened(&d, t.grads, i, n, scratch, False, c)
             add_squares(lanes, d, n, t.unit)
             i += n
