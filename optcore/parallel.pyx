@@ -5,7 +5,6 @@ share k goes to thread k in every step, so that what a core has cached it meets 
 """
 from cython.parallel cimport prange
 
-from optcore.noise cimport key_of
 from optcore.runtime cimport (
     note_threads,
     own_time,
@@ -13,9 +12,7 @@ from optcore.runtime cimport (
     threads_for,
     wall_time,
 )
-from optcore.simd cimport inlined, prefetch
-from optcore.storage cimport itemsize_of
-from optcore.sweep cimport CHUNK, Row, n_chunks, point_at, sweep_in_use, sweep_t
+from optcore.sweep cimport CHUNK, sweep_in_use, sweep_t
 
 cdef extern from "<fenv.h>" nogil:
     ctypedef struct fenv_t:
@@ -51,56 +48,6 @@ cdef Cut cut_at(const Tensor *tensors, Py_ssize_t n, Py_ssize_t position) noexce
     return cut
 
 
-cdef enum:
-    AHEAD = 4               # rows
-    LINE = 64
-    MOST_AHEAD = 512        # bytes of an array
-
-
-cdef inline inlined prefetch_from(const char *at, Py_ssize_t n_bytes) noexcept nogil:
-    cdef const char *end = at + n_bytes
-    while at < end:
-        prefetch(at)
-        at += LINE
-
-
-cdef void sweep_rows(
-    sweep_t sweep, Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
-) noexcept nogil:
-    """Sweep over the rows whose first elements, one row after another, lie in [begin, end).
-
-    They lie anywhere, and are asked for some rows before they are stepped.
-    """
-    cdef Tensor one = t[0]
-    cdef Py_ssize_t k = (begin + t.width - 1) // t.width
-    cdef Py_ssize_t ahead = k, stop = (end + t.width - 1) // t.width
-    cdef Py_ssize_t itemsize = itemsize_of(t.param.storage)
-    cdef Py_ssize_t itemsize_v = itemsize_of(t.states[0].storage) if t.states[0].data != NULL else 0
-    cdef Py_ssize_t n_bytes = min(t.width * itemsize, <Py_ssize_t>MOST_AHEAD)
-    cdef Py_ssize_t n_bytes_v = min(t.width * itemsize_v, <Py_ssize_t>MOST_AHEAD)
-    cdef Py_ssize_t n_partials = n_chunks(t.width)
-    cdef const Row *row
-    one.rows = NULL
-    one.size = t.width
-    one.first = 0
-    one.partials = t.partials + k * n_partials
-    while k < stop:
-        while ahead < stop and ahead <= k + AHEAD:
-            row = &t.rows[ahead]
-            prefetch_from(<const char *>t.param.data + row.first * itemsize, n_bytes)
-            prefetch_from(<const char *>t.states[0].data + row.first * itemsize_v, n_bytes_v)
-            ahead += 1
-        row = &t.rows[k]
-        point_at(&one, t, row.first)
-        one.grads, one.n_grads, one.weights = row.grads, row.n_grads, row.weights
-        one.behind = row.behind
-        if t.draws:
-            one.key = key_of(t.key, row.first // t.width, 0)
-        sweep(what, &one, 0, t.width)
-        one.partials += n_partials
-        k += 1
-
-
 cdef void sweep_between(
     Sweep what, const Tensor *tensors, Py_ssize_t n, Cut begin, Cut end
 ) noexcept nogil:
@@ -111,10 +58,7 @@ cdef void sweep_between(
         t = &tensors[begin.tensor]
         stop = end.element if begin.tensor == end.tensor else t.size
         if t.grads[0].data != NULL and begin.element < stop:
-            if t.rows != NULL:
-                sweep_rows(sweep, what, t, begin.element, stop)
-            else:
-                sweep(what, t, begin.element, stop)
+            sweep(what, t, begin.element, stop)
         begin.tensor += 1
         begin.element = 0
 

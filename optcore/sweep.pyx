@@ -17,7 +17,7 @@ from libc.stdint cimport uint16_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from optcore.halves cimport from_bfloat16, high_of, joined, low_of, to_bfloat16
-from optcore.noise cimport GRID, NEXT, Noise, draw, drawn, noise_from
+from optcore.noise cimport GRID, NEXT, Noise, draw, drawn, key_of, noise_from
 from optcore.rules cimport (
     FIRST,
     LR_IN_VELOCITY,
@@ -29,7 +29,7 @@ from optcore.rules cimport (
     real,
 )
 from optcore.runtime cimport N_SIMD_LEVELS, simd_level
-from optcore.simd cimport avx2, avx512, baseline, inlined
+from optcore.simd cimport avx2, avx512, baseline, inlined, prefetch
 from optcore.storage cimport (
     BFLOAT16,
     FLOAT32,
@@ -63,6 +63,9 @@ cdef enum:
     SHORT_BLOCK = 64
     AT_ONCE = 4
     LINE = 64           # bytes of a cache line
+    AHEAD = 4           # rows
+    GROUP = 16          # of them
+    MOST_AHEAD = 512    # bytes of a row
     LANES = 16          # of the norm: one AVX-512 load of float32
 
 
@@ -432,9 +435,9 @@ cdef inline inlined add_gradients(
         k += AT_ONCE
 
 
-cdef inline inlined fill_nothing(real *nothing) noexcept nogil:
+cdef inline inlined fill_nothing(real *nothing, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    for i in range(BLOCK):
+    for i in range(n):
         nothing[i] = -0.0
 
 
@@ -510,6 +513,35 @@ cdef inline inlined write_back(
             put(x, &t.grads[k], begin, n, NULL, 0, c)
 
 
+cdef inline inlined shrink(real *restrict x, Py_ssize_t n, real factor) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = factor * x[i]
+
+
+cdef inline inlined apply_behind(
+    real *restrict x, real *restrict v, Py_ssize_t n, const Linear *behind, bint flushes
+) noexcept nogil:
+    cdef real xx = <real>behind.xx, xv = <real>behind.xv
+    cdef real vx = <real>behind.vx, vv = <real>behind.vv
+    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
+    cdef real xi, vi
+    cdef Py_ssize_t i
+    if vx == 0:             # an infinite x makes a NaN of 0 * x
+        for i in range(n):
+            vi = v[i]
+            x[i] = xx * x[i] + xv * vi
+            v[i] = vv * vi
+    else:
+        for i in range(n):
+            xi, vi = x[i], v[i]
+            x[i] = xx * xi + xv * vi
+            v[i] = vx * xi + vv * vi
+    if flushes:
+        for i in range(n):
+            v[i] = 0 if -least < v[i] < least else v[i]
+
+
 # The sweeps
 
 cdef inline bint lies_open(const Tensor *t, real arithmetic) noexcept nogil:
@@ -558,11 +590,11 @@ cdef inline inlined step_blocks(
     cdef int k
     fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
     if adds(t):
-        fill_nothing(nothing)
         last.share = t.share
         if n_before > 0:
             most = most_at_once(t, arithmetic)
         block = min(most, <Py_ssize_t>(BLOCK if fuses else SHORT_BLOCK))
+        fill_nothing(nothing, min(block, end - begin))
     elif clips or trailed or not is_open:
         block = BLOCK
     if is_open and end - begin > BLOCK:
@@ -626,36 +658,22 @@ cdef inline inlined step_blocks(
 cdef inline inlined catch_up(
     const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
 ) noexcept nogil:
-    """Apply `behind` to x[begin:end] and its velocity in float64, each rounded once."""
+    """Apply `behind`, rounded, to x[begin:end] and its velocity."""
     cdef real[BLOCK] scratch_x
     cdef real[BLOCK] scratch_v
     cdef real *x
-    cdef real *v = scratch_v
-    cdef Linear m = t.behind[0]
-    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
-    cdef bint moves = t.states[0].data != NULL, decays = m.vx != 0
-    cdef double xi, vi
-    cdef Py_ssize_t i, n
+    cdef real *v
+    cdef Py_ssize_t n
     while begin < end:
         n = min(BLOCK, end - begin)
         opened(&x, &t.param, begin, n, scratch_x, False, c)
-        if moves:
+        if t.states[0].data == NULL:
+            shrink(x, n, <real>t.behind.xx)
+        else:
             opened(&v, &t.states[0], begin, n, scratch_v, False, c)
-        for i in range(n):
-            xi = <double>x[i]
-            if moves:
-                vi = <double>v[i]
-                x[i] = <real>(m.xx * xi + m.xv * vi)
-                # an infinite x makes a NaN of 0 * x
-                v[i] = <real>(m.vx * xi + m.vv * vi if decays else m.vv * vi)
-            else:
-                x[i] = <real>(m.xx * xi)
-        if moves and t.scalars.flushes:
-            for i in range(n):
-                v[i] = 0 if -least < v[i] < least else v[i]
-        closed(x, &t.param, begin, n, NULL, 0, c)
-        if moves:
+            apply_behind(x, v, n, t.behind, t.scalars.flushes)
             closed(v, &t.states[0], begin, n, NULL, 0, c)
+        closed(x, &t.param, begin, n, NULL, 0, c)
         begin += n
 
 
@@ -729,7 +747,7 @@ cdef inline inlined squares(
     cdef Partial *partial
     if adds(t):
         most = most_at_once(t, arithmetic)
-        fill_nothing(nothing)
+        fill_nothing(nothing, BLOCK)
     elif not holds(t.grads[0].storage, arithmetic):
         most = BLOCK
     while begin < end:
@@ -777,20 +795,92 @@ cdef inline inlined copy(
         begin += n
 
 
+# Rows lie anywhere in memory, and are asked for before they are stepped: first of a group of them
+# one line each, so that their pages are looked up side by side, then of each the rest. Measured: by
+# rows alone, with as much of other work between them, each page is waited for.
+
+cdef inline inlined ask_for_lines(
+    const Stream *stream, Py_ssize_t first, Py_ssize_t width
+) noexcept nogil:
+    """Ask for a row of an array but its first line, or for the beginning of a long one."""
+    cdef Py_ssize_t itemsize = itemsize_of(stream.storage)
+    cdef const char *at = <const char *>stream.data + first * itemsize
+    cdef const char *end = at + min(width * itemsize, <Py_ssize_t>MOST_AHEAD)
+    at += LINE
+    while at < end:
+        prefetch(at)
+        at += LINE
+
+
+cdef inline inlined ask_for_group(const Tensor *t, Py_ssize_t k, Py_ssize_t stop) noexcept nogil:
+    cdef const Stream *v = &t.states[0]
+    cdef Py_ssize_t itemsize = itemsize_of(t.param.storage), itemsize_v
+    if v.data == NULL:
+        v = &t.param
+    itemsize_v = itemsize_of(v.storage)
+    while k < stop:
+        prefetch(<const char *>t.param.data + t.rows[k].first * itemsize)
+        prefetch(<const char *>v.data + t.rows[k].first * itemsize_v)
+        k += 1
+
+
+cdef inline inlined ask_for_rows(
+    const Tensor *t, Py_ssize_t k, Py_ssize_t begin, Py_ssize_t stop
+) noexcept nogil:
+    """Ask for what comes after row k of those in [begin, stop)."""
+    if k == begin:
+        ask_for_group(t, k, min(k + GROUP, stop))
+    if (k - begin) % GROUP == 0:
+        ask_for_group(t, k + GROUP, min(k + 2 * GROUP, stop))
+    if k + AHEAD < stop:
+        ask_for_lines(&t.param, t.rows[k + AHEAD].first, t.width)
+        if t.states[0].data != NULL:
+            ask_for_lines(&t.states[0], t.rows[k + AHEAD].first, t.width)
+
+
+cdef inline inlined point_at_row(Tensor *one, const Tensor *t, Py_ssize_t k) noexcept nogil:
+    cdef const Row *row = &t.rows[k]
+    point_at(one, t, row.first)
+    one.grads, one.n_grads, one.weights = row.grads, row.n_grads, row.weights
+    one.behind = row.behind
+    one.partials = t.partials + k * n_chunks(t.width)
+    if t.draws:
+        one.key = key_of(t.key, row.first // t.width, 0)
+
+
 cdef inline inlined run(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic,
     const Converters c,
 ) noexcept nogil:
-    if t.behind != NULL and (what == STEP or what == CATCH_UP):
-        catch_up(t, begin, end, arithmetic, c)
-    if what == STEP:
-        step(t, begin, end, arithmetic, c)
-    elif what == SQUARES:
-        squares(t, begin, end, arithmetic, c)
-    elif what == ZERO:
-        zero_gradients(t, begin, end - begin)
-    elif what == COPY:
-        copy(t, begin, end, arithmetic, c)
+    """One kind of sweep over [begin, end), or over the rows whose first elements, one row after
+    another, lie in it."""
+    cdef Tensor one
+    cdef const Tensor *part = t
+    cdef bint by_rows = t.rows != NULL
+    cdef Py_ssize_t k = 0, first = 0, stop = 1
+    if by_rows:
+        k = first = (begin + t.width - 1) // t.width
+        stop = (end + t.width - 1) // t.width
+        one = t[0]
+        one.rows = NULL
+        one.first = begin = 0
+        one.size = end = t.width
+        part = &one
+    while k < stop:
+        if by_rows:
+            ask_for_rows(t, k, first, stop)
+            point_at_row(&one, t, k)
+        if part.behind != NULL and (what == STEP or what == CATCH_UP):
+            catch_up(part, begin, end, arithmetic, c)
+        if what == STEP:
+            step(part, begin, end, arithmetic, c)
+        elif what == SQUARES:
+            squares(part, begin, end, arithmetic, c)
+        elif what == ZERO:
+            zero_gradients(part, begin, end - begin)
+        elif what == COPY:
+            copy(part, begin, end, arithmetic, c)
+        k += 1
 
 
 cdef inline inlined run_arithmetic(
