@@ -181,40 +181,70 @@ OUTER(4, 1)
 OUTER(10, 0)
 OUTER(10, 1)
 
-/* Momentum on rows of a table, each once, those to come asked for ahead. */
-enum { WIDTH = 64, LINE = 16, AHEAD = 8 };
+/* Momentum on rows of a table, each once, those to come asked for ahead. A row's stamp says what
+   it has missed, which a table of powers has ready. */
+enum { WIDTH = 64, LINE = 16, AHEAD = 8, STAMPS_AHEAD = 32, AGES = 4096 };
+
+typedef struct {
+    float *x, *v;
+    const float *g;
+    uint32_t *stamps, clock;
+    float gone[AGES], left[AGES];       /* of v: what x has lost by it, what there is of it */
+} Rows;
+
+static void fill_powers(Rows *t)
+{
+    t->gone[0] = 0, t->left[0] = 1;
+    for (int k = 1; k < AGES; k++) {
+        t->left[k] = 0.9f * t->left[k - 1];
+        t->gone[k] = t->gone[k - 1] + 0.1f * t->left[k];
+    }
+}
 
 static inline void ask_for(const float *row)
 {
     for (int j = 0; j < WIDTH; j += LINE) __builtin_prefetch(row + j, 1);
 }
 
-static void step_rows(float *x, float *v, const float *g, const int64_t *rows, size_t i, size_t end)
+static void step_rows(const Rows *t, const int64_t *rows, size_t i, size_t end)
 {
     for (; i < end; i++) {
+        float *restrict x = t->x + WIDTH * rows[i], *restrict v = t->v + WIDTH * rows[i];
+        const float *restrict g = t->g + WIDTH * i;
+        uint32_t age = t->clock - 1 - t->stamps[rows[i]];
+        float gone = t->gone[age % AGES], left = t->left[age % AGES];
+        if (i + STAMPS_AHEAD < end) __builtin_prefetch(t->stamps + rows[i + STAMPS_AHEAD], 1);
         if (i + AHEAD < end) {
-            ask_for(x + WIDTH * rows[i + AHEAD]);
-            ask_for(v + WIDTH * rows[i + AHEAD]);
+            ask_for(t->x + WIDTH * rows[i + AHEAD]);
+            ask_for(t->v + WIDTH * rows[i + AHEAD]);
         }
-        momentum_of_float32_none_float32_float32(
-            x + WIDTH * rows[i], g + WIDTH * i, v + WIDTH * rows[i], NULL, WIDTH, 0.1f, 0.9f);
+        t->stamps[rows[i]] = t->clock;
+        for (int j = 0; j < WIDTH; j++) {
+            float vj = 0.9f * (left * v[j]) + g[j];
+            x[j] = (x[j] - gone * v[j]) - 0.1f * vj;
+            v[j] = vj;
+        }
     }
 }
 
 /* A call takes steps one after the other; the rows of each begin where those of the last end. */
-void limit_rows(float *x, float *v, const float *g, const int64_t *rows, const int64_t *begins,
-                int threads, int calls)
+void limit_rows(float *x, float *v, const float *g, uint32_t *stamps, uint32_t *clock,
+                const int64_t *rows, const int64_t *begins, int threads, int calls)
 {
+    static Rows t;
+    if (t.left[0] == 0) fill_powers(&t);
+    t.x = x, t.v = v, t.g = g, t.stamps = stamps;
     for (int call = 0; call < calls; call++) {
         const int64_t *these = rows + begins[call];
         size_t k = begins[call + 1] - begins[call];
+        t.clock = ++*clock;
         if (threads == 1) {
-            step_rows(x, v, g, these, 0, k);
+            step_rows(&t, these, 0, k);
             continue;
         }
         _Pragma("omp parallel for num_threads(threads) schedule(static, 1)")
         for (int share = 0; share < threads; share++)
-            step_rows(x, v, g, these, k * share / threads, k * (share + 1) / threads);
+            step_rows(&t, these, k * share / threads, k * (share + 1) / threads);
     }
 }
 

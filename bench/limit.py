@@ -144,6 +144,8 @@ def rows_limit_contender(folder: Path) -> Contender:
         compiled = library("limit.c", folder)
         shape = table.x[0].shape
         columns, memory = _columns([case.dtype] * 2, table.x[0].size)
+        (stamps,), beside = _columns(["float32"], len(table.x[0]) + 1)     # the clock is the last
+        stamps[...] = 0                                                     # as uint32 too
         k = TOUCHED[case.touched].n
         threads = case.threads if k >= THREADED_FROM_ROWS else 1
         calls = max(1, ROWS_A_CALL // k)
@@ -151,7 +153,10 @@ def rows_limit_contender(folder: Path) -> Contender:
             indices[np.sort(np.unique(indices, return_index=True)[1])] for indices in table.indices
         ]
         rows, begins = np.concatenate(once), np.cumsum([0, *map(len, once)])
-        arrays = [ctypes.c_void_p(a.ctypes.data) for a in (*columns, table.values, rows)]
+        arrays = [
+            ctypes.c_void_p(a.ctypes.data)
+            for a in (*columns, table.values, stamps, stamps[-1:], rows)
+        ]
         counts = ctypes.c_int(threads), ctypes.c_int(calls)
         # After the last set comes the first: a call's steps divide them evenly.
         places = cycle([ctypes.c_void_p(a.ctypes.data) for a in begins[:-1].reshape(-1, calls)])
@@ -161,7 +166,7 @@ def rows_limit_contender(folder: Path) -> Contender:
 
         return Run(
             step, lambda: [columns[0].reshape(shape)], calls=calls,
-            warm_up=len(once) // calls, close=lambda: (memory, rows, begins),
+            warm_up=len(once) // calls, close=lambda: (memory, beside, rows, begins),
         )
 
     return Contender(LIMIT, build, jobs=(ROWS,), threaded=True, checked=False)

@@ -8,6 +8,9 @@ from optcore.storage cimport Stream
 from optcore.sweep cimport Linear, Tensor
 
 
+cdef enum:
+    ROW_COST = 4        # of an element that comes from anywhere in memory, in those of whole arrays
+
 cdef class Rows:
     cdef readonly ndarray indices, values
 

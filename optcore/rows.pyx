@@ -17,7 +17,7 @@ from numpy cimport PyArray_DATA, PyArray_DIM, PyArray_ITEMSIZE, PyArray_NDIM, im
 from optcore.arrays cimport as_ndarray, fits, is_tensor, may_meet, spell, stream_of
 from optcore.memory cimport zeroed
 from optcore.parallel cimport sweep_all
-from optcore.simd cimport prefetch
+from optcore.simd cimport inlined, prefetch
 from optcore.storage cimport FLOAT64, stream_at, stream_from
 from optcore.sweep cimport (
     CATCH_UP,
@@ -42,6 +42,7 @@ cdef enum:
     N_KNOWN = 64
     FEWEST_RUNS = 1024
     MOST_RUNS = 1 << 18
+    STAMPS_AHEAD = 16
     ROWS_A_RUN = 64         # of a table, at least: histories take 3 bytes a row at most
 
 cdef uint32_t MOST_STEPS = 0xFFFFFFFF       # that a stamp can count
@@ -252,6 +253,7 @@ cdef struct Known:
     Linear m
 
 
+@cython.final
 cdef class History:
     """The steps of one parameter since all its rows were up to date.
 
@@ -527,6 +529,15 @@ def _restored(n_rows, clock, ndarray stamps, list runs, bytes powers, bytes wide
 
 # The tensors of a step
 
+cdef inline inlined ask_for_stamps(
+    const uint32_t *stamps, const Row *rows, Py_ssize_t k, Py_ssize_t stop
+) noexcept nogil:
+    while k < stop:
+        prefetch(&stamps[rows[k].number])
+        k += 1
+
+
+@cython.final
 cdef class RowTensors:
     """The tensors of a step of which some are swept over by rows."""
 
@@ -584,7 +595,7 @@ cdef class RowTensors:
         cdef Py_ssize_t *slots = <Py_ssize_t *>self._slots.at
         cdef Py_ssize_t *numbers = <Py_ssize_t *>self._numbers.at
         cdef Row *taken = <Row *>self._rows.at + self._first
-        cdef Py_ssize_t j, k, slot, first
+        cdef Py_ssize_t j, k, slot
         cdef int64_t r
         for j in range(PyArray_DIM(rows.indices, 0)):
             r = (<const int64_t *>data)[j] if is_long else (<const int32_t *>data)[j]
@@ -593,16 +604,13 @@ cdef class RowTensors:
                     f"{spell(label)} must have indices in [0, {n_rows}), the parameter's rows, got "
                     f"{r} at position {j}"
                 )
-            first = r * self._width
             slot = (<uint64_t>r * <uint64_t>0x9E3779B97F4A7C15 >> 20) & self._mask
-            while slots[slot] != 0 and taken[slots[slot] - 1].first != first:
+            while slots[slot] != 0 and taken[slots[slot] - 1].number != r:
                 slot = (slot + 1) & self._mask
             k = slots[slot] - 1
             if k < 0:
-                if self._stamps != NULL:
-                    prefetch(&self._stamps[r])
                 k = self._n_rows - self._first
-                taken[k].first = first
+                taken[k].number = r
                 taken[k].n_grads = 0
                 self._n_rows += 1
                 slots[slot] = k + 1
@@ -625,12 +633,15 @@ cdef class RowTensors:
         cdef Tensor *added
         cdef Rows rows
         cdef Stream values
+        if history is not None:
+            ask_for_stamps(self._stamps, taken, 0, min(<Py_ssize_t>STAMPS_AHEAD, n))
         for k in range(n):
             taken[k].grads = &grads[self._n_grads]
             taken[k].weights = &weights[self._n_grads] if t.weights != NULL else NULL
             taken[k].behind = NULL
             if history is not None:
-                behind[k] = history.since(self._stamps[taken[k].first // max(self._width, 1)])
+                ask_for_stamps(self._stamps, taken, k + STAMPS_AHEAD, min(k + STAMPS_AHEAD + 1, n))
+                behind[k] = history.since(self._stamps[taken[k].number])
                 if not is_identity(&behind[k]):
                     taken[k].behind = &behind[k]
             ends[k] = self._n_grads
@@ -662,15 +673,14 @@ cdef class RowTensors:
     cdef void stamp(self, const Tensor *tensors) noexcept:
         """Note that the step was taken."""
         cdef const Row *taken = <const Row *>self._rows.at
-        cdef Py_ssize_t i, k, first, end, width
+        cdef Py_ssize_t i, k, first, end
         cdef History history
         cdef uint32_t *stamps
         for history, i, first, end in self._touched:
             history.note(matrix_of(&tensors[i]))
             stamps = history.stamps()
-            width = max(tensors[i].size // max(history.n_rows, 1), 1)
             for k in range(first, end):
-                stamps[taken[k].first // width] = history.clock
+                stamps[taken[k].number] = history.clock
             if history.clock == MOST_STEPS:
                 catch_up_between(&tensors[i], history, 0, history.n_rows)
                 history.forget()

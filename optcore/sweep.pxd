@@ -35,7 +35,7 @@ cdef struct Linear:
 
 # A row that a step touches
 cdef struct Row:
-    Py_ssize_t first            # its first element in the parameter
+    Py_ssize_t number           # in the parameter
     const Stream *grads         # n_grads of them
     const double *weights       # of the gradients, or NULL
     const Linear *behind        # what is applied before a step; NULL: nothing

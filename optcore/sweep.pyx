@@ -800,12 +800,12 @@ cdef inline inlined copy(
 # rows alone, with as much of other work between them, each page is waited for.
 
 cdef inline inlined ask_for_lines(
-    const Stream *stream, Py_ssize_t first, Py_ssize_t width
+    const Stream *stream, Py_ssize_t number, Py_ssize_t width
 ) noexcept nogil:
     """Ask for a row of an array but its first line, or for the beginning of a long one."""
-    cdef Py_ssize_t itemsize = itemsize_of(stream.storage)
-    cdef const char *at = <const char *>stream.data + first * itemsize
-    cdef const char *end = at + min(width * itemsize, <Py_ssize_t>MOST_AHEAD)
+    cdef Py_ssize_t n_bytes = width * itemsize_of(stream.storage)
+    cdef const char *at = <const char *>stream.data + number * n_bytes
+    cdef const char *end = at + min(n_bytes, <Py_ssize_t>MOST_AHEAD)
     at += LINE
     while at < end:
         prefetch(at)
@@ -814,13 +814,13 @@ cdef inline inlined ask_for_lines(
 
 cdef inline inlined ask_for_group(const Tensor *t, Py_ssize_t k, Py_ssize_t stop) noexcept nogil:
     cdef const Stream *v = &t.states[0]
-    cdef Py_ssize_t itemsize = itemsize_of(t.param.storage), itemsize_v
+    cdef Py_ssize_t n_bytes = t.width * itemsize_of(t.param.storage), n_bytes_v
     if v.data == NULL:
         v = &t.param
-    itemsize_v = itemsize_of(v.storage)
+    n_bytes_v = t.width * itemsize_of(v.storage)
     while k < stop:
-        prefetch(<const char *>t.param.data + t.rows[k].first * itemsize)
-        prefetch(<const char *>v.data + t.rows[k].first * itemsize_v)
+        prefetch(<const char *>t.param.data + t.rows[k].number * n_bytes)
+        prefetch(<const char *>v.data + t.rows[k].number * n_bytes_v)
         k += 1
 
 
@@ -833,19 +833,19 @@ cdef inline inlined ask_for_rows(
     if (k - begin) % GROUP == 0:
         ask_for_group(t, k + GROUP, min(k + 2 * GROUP, stop))
     if k + AHEAD < stop:
-        ask_for_lines(&t.param, t.rows[k + AHEAD].first, t.width)
+        ask_for_lines(&t.param, t.rows[k + AHEAD].number, t.width)
         if t.states[0].data != NULL:
-            ask_for_lines(&t.states[0], t.rows[k + AHEAD].first, t.width)
+            ask_for_lines(&t.states[0], t.rows[k + AHEAD].number, t.width)
 
 
 cdef inline inlined point_at_row(Tensor *one, const Tensor *t, Py_ssize_t k) noexcept nogil:
     cdef const Row *row = &t.rows[k]
-    point_at(one, t, row.first)
+    point_at(one, t, row.number * t.width)
     one.grads, one.n_grads, one.weights = row.grads, row.n_grads, row.weights
     one.behind = row.behind
     one.partials = t.partials + k * n_chunks(t.width)
     if t.draws:
-        one.key = key_of(t.key, row.first // t.width, 0)
+        one.key = key_of(t.key, row.number, 0)
 
 
 cdef inline inlined run(
