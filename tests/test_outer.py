@@ -67,7 +67,7 @@ def random_options(rng, kind):
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", *HALVES])
-@pytest.mark.parametrize("n_replicas", range(1, 9))
+@pytest.mark.parametrize("n_replicas", [*range(1, 9), 10])
 def test_follows_its_twin(kind, n_replicas, rng, cases, times):
     rng = np.random.default_rng(n_replicas)
     kinds = ["float64"] if kind == "float64" else ["float32", *HALVES]
