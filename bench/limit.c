@@ -194,11 +194,9 @@ typedef struct {
 
 static void fill_powers(Rows *t)
 {
-    t->gone[0] = 0, t->left[0] = 1;
-    for (int k = 1; k < AGES; k++) {
-        t->left[k] = 0.9f * t->left[k - 1];
-        t->gone[k] = t->gone[k - 1] + 0.1f * t->left[k];
-    }
+    double gone = 0, left = 1;
+    for (int k = 0; k < AGES; k++, left *= 0.9, gone += 0.1 * left)
+        t->gone[k] = gone, t->left[k] = left < 1e-37 ? 0 : left;
 }
 
 static inline void ask_for(const float *row)
@@ -212,7 +210,9 @@ static void step_rows(const Rows *t, const int64_t *rows, size_t i, size_t end)
         float *restrict x = t->x + WIDTH * rows[i], *restrict v = t->v + WIDTH * rows[i];
         const float *restrict g = t->g + WIDTH * i;
         uint32_t age = t->clock - 1 - t->stamps[rows[i]];
-        float gone = t->gone[age % AGES], left = t->left[age % AGES];
+        float gone, left;
+        if (age >= AGES) age = AGES - 1;        /* by then nothing is left */
+        gone = t->gone[age], left = t->left[age];
         if (i + STAMPS_AHEAD < end) __builtin_prefetch(t->stamps + rows[i + STAMPS_AHEAD], 1);
         if (i + AHEAD < end) {
             ask_for(t->x + WIDTH * rows[i + AHEAD]);

@@ -138,7 +138,7 @@ def limit_contender(folder: Path) -> Contender:
 
 
 def rows_limit_contender(folder: Path) -> Contender:
-    """Return the limit of steps on rows: the same rows in the same order, but each once."""
+    """Return the limit of exact steps on rows: the same in the same order, but each once."""
 
     def build(case: Case, table: Table) -> Run:
         compiled = library("limit.c", folder)

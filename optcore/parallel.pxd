@@ -2,5 +2,5 @@
 from optcore.sweep cimport Sweep, Tensor
 
 cdef void sweep_all(
-    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, int cost=*
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, Py_ssize_t work=*
 ) noexcept

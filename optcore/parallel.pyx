@@ -105,9 +105,9 @@ cdef Share sweep_as_caller(
 
 
 cdef void sweep_shared(
-    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, int cost
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, Py_ssize_t work
 ) noexcept nogil:
-    cdef int shares = threads_for(cost * n_elements)
+    cdef int shares = threads_for(work)
     cdef int share, raised = 0
     cdef double begin, own = 0
     cdef fenv_t callers
@@ -127,15 +127,16 @@ cdef void sweep_shared(
 
 
 cdef void sweep_all(
-    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, int cost=1
+    Sweep what, const Tensor *tensors, Py_ssize_t n, Py_ssize_t n_elements, Py_ssize_t work=0
 ) noexcept:
     """Sweep over `n` tensors whose sizes, where they have a gradient, sum to `n_elements`.
 
-    `cost` is what an element takes, in those of a whole array.
+    `work` is what it takes, in elements of whole arrays, where that is more.
     """
-    if (n_elements + n) * tensors[0].n_grads < GIL_HELD_BELOW:
-        sweep_shared(what, tensors, n, n_elements, cost)
+    work = max(work, n_elements)
+    if (work + n) * tensors[0].n_grads < GIL_HELD_BELOW:
+        sweep_shared(what, tensors, n, n_elements, work)
     else:
         with nogil:
-            sweep_shared(what, tensors, n, n_elements, cost)
+            sweep_shared(what, tensors, n, n_elements, work)
         tell_of_missing_threads()

@@ -29,7 +29,7 @@ from optcore.options cimport (
     take_row,
 )
 from optcore.parallel cimport sweep_all
-from optcore.rows cimport ROW_COST, History, catch_up_rows, rows_in
+from optcore.rows cimport History, catch_up_rows, rows_in
 from optcore.rules cimport RULE_ROWS, SGD, Scalars
 from optcore.runtime cimport forks
 from optcore.storage cimport Stream
@@ -383,7 +383,7 @@ cdef class Plan(Table):
         if step.has_rows:
             self._by_row.key_noise(self._tensors)
             tensors, n = self._by_row.at, self._by_row.n
-        sweep_all(STEP, tensors, n, step.n_elements, ROW_COST if step.has_rows else 1)
+        sweep_all(STEP, tensors, n, step.n_elements, self._by_row.work if step.has_rows else 0)
         if step.has_rows:
             self._by_row.stamp(self._tensors)
 

@@ -9,7 +9,8 @@ from optcore.sweep cimport Linear, Tensor
 
 
 cdef enum:
-    ROW_COST = 4        # of an element that comes from anywhere in memory, in those of whole arrays
+    # What it takes to come to a row anywhere in memory, in elements of an array
+    ROW_COST = 192
 
 cdef class Rows:
     cdef readonly ndarray indices, values
@@ -50,6 +51,7 @@ cdef class History:
 cdef class RowTensors:
     cdef Tensor *at
     cdef readonly Py_ssize_t n, n_elements
+    cdef Py_ssize_t work        # what a sweep takes, in elements of whole arrays
     cdef Buffer _tensors, _owners                               # of each parameter
     cdef Buffer _rows, _behind, _partials, _counts, _slots      # of each row; hashed by its number
     cdef Buffer _grads, _weights, _numbers                      # of each position

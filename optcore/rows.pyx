@@ -434,7 +434,10 @@ cdef struct Batch:
 
 cdef void sweep_batch(Batch *batch) noexcept:
     if batch.n > 0:
-        sweep_all(CATCH_UP, batch.tensors, batch.n, batch.n_elements)
+        sweep_all(
+            CATCH_UP, batch.tensors, batch.n, batch.n_elements,
+            batch.n_elements + ROW_COST * batch.n,
+        )
     batch.n = batch.n_elements = 0
 
 
@@ -562,7 +565,7 @@ cdef class RowTensors:
         self._slots.grow(4 * n_positions, sizeof(Py_ssize_t))
         self._partials.grow(n_chunks, sizeof(Partial))
         self.at = <Tensor *>self._tensors.at
-        self.n = self.n_elements = self._n_rows = self._n_grads = self._n_partials = 0
+        self.n = self.n_elements = self.work = self._n_rows = self._n_grads = self._n_partials = 0
         self._touched = []
         return 0
 
@@ -574,6 +577,7 @@ cdef class RowTensors:
         self.n += 1
         if t.grads[0].data != NULL:
             self.n_elements += t.size
+            self.work += t.size
         return added
 
     cdef void begin_rows(
@@ -657,6 +661,7 @@ cdef class RowTensors:
                     weights[at] = t.weights[s]
                 position += 1
         self.n_elements += n * self._width - t.size
+        self.work += n * (self._width + ROW_COST) - t.size
         added = self.add_whole(t, i)
         added.rows, added.width, added.size = taken, self._width, n * self._width
         added.partials = <Partial *>self._partials.at + self._n_partials

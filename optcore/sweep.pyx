@@ -57,8 +57,8 @@ cdef enum:
     BLOCK = GRID
     # Of several gradients AT_ONCE are added in one loop; one takes twice the time of four, for then
     # a core waits for one stream alone. All but the last few are added over a LONG_BLOCK: with ten
-    # in memory shorter ones take a quarter longer. The last few, and what is written back while it
-    # is in L1, in a SHORT_BLOCK.
+    # in memory shorter ones take a quarter longer. What is written back while it is in L1, and the
+    # last few where the rule's loop does not add them itself, in a SHORT_BLOCK.
     LONG_BLOCK = 4096
     SHORT_BLOCK = 64
     AT_ONCE = 4
@@ -363,7 +363,7 @@ cdef inline inlined step_packed(const Tensor *t, Py_ssize_t begin, Py_ssize_t en
         begin += n
 
 
-# The stages around it, each over at most BLOCK elements
+# The stages around it, each over at most BLOCK elements but where it says so
 
 cdef inline inlined open_several(
     Several *several, const Tensor *t, int k, Py_ssize_t begin, Py_ssize_t n,
@@ -410,28 +410,32 @@ cdef inline int n_before_last(const Tensor *t) noexcept nogil:
 cdef inline Py_ssize_t most_at_once(const Tensor *t, real arithmetic) noexcept nogil:
     """Elements over which the gradients before the last few are added."""
     cdef int k
-    if t.write_back:
-        return SHORT_BLOCK
     for k in range(t.n_grads):
         if not holds(t.grads[k].storage, arithmetic):
             return BLOCK
-    return LONG_BLOCK
+    return LONG_BLOCK * sizeof(float) // sizeof(arithmetic)
 
 
-cdef inline inlined add_gradients(
-    real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, real *nothing,
+cdef inline inlined add_group(
+    real *restrict d, const Tensor *t, int k, Py_ssize_t begin, Py_ssize_t n, real *nothing,
     const Converters c,
 ) noexcept nogil:
-    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before the last few; w is 1 without weights."""
     cdef real[AT_ONCE][BLOCK] scratch
     cdef Several several
+    open_several(&several, t, k, begin, n, scratch, nothing, c)
+    if k == 0:
+        add_several(d, &several, True, n)
+    else:
+        add_several(d, &several, False, n)
+
+
+cdef inline inlined add_before_last(
+    real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, const Converters c
+) noexcept nogil:
+    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before the last few; w is 1 without weights."""
     cdef int k = 0, n_before = n_before_last(t)
     while k < n_before:
-        open_several(&several, t, k, begin, n, scratch, nothing, c)
-        if k == 0:
-            add_several(d, &several, True, n)
-        else:
-            add_several(d, &several, False, n)
+        add_group(d, t, k, begin, n, <real *>NULL, c)
         k += AT_ONCE
 
 
@@ -454,14 +458,7 @@ cdef inline inlined add_last(
     real *nothing, const Converters c,
 ) noexcept nogil:
     """What takes the gradient's place: the sum, or of an outer step d = x - share * sum."""
-    cdef real[AT_ONCE][BLOCK] scratch
-    cdef Several last
-    cdef int n_before = n_before_last(t)
-    open_several(&last, t, n_before, begin, n, scratch, nothing, c)
-    if n_before == 0:
-        add_several(d, &last, True, n)
-    else:
-        add_several(d, &last, False, n)
+    add_group(d, t, n_before_last(t), begin, n, nothing, c)
     if t.outer:
         less_mean(d, x, <real>t.share, n)
 
@@ -513,30 +510,36 @@ cdef inline inlined write_back(
             put(x, &t.grads[k], begin, n, NULL, 0, c)
 
 
-cdef inline inlined shrink(real *restrict x, Py_ssize_t n, real factor) noexcept nogil:
+cdef inline inlined shrink(real *restrict x, Py_ssize_t n, double factor) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
-        x[i] = factor * x[i]
+        x[i] = <real>(factor * <double>x[i])
 
 
 cdef inline inlined apply_behind(
     real *restrict x, real *restrict v, Py_ssize_t n, const Linear *behind, bint flushes
 ) noexcept nogil:
-    cdef real xx = <real>behind.xx, xv = <real>behind.xv
-    cdef real vx = <real>behind.vx, vv = <real>behind.vv
+    """In float64, each rounded once; but where nothing decays x, as every scalar of a step.
+
+    1 less a small decay would be 1 in float32, and what is infinite times a factor too small for
+    it not a number.
+    """
+    cdef Linear m = behind[0]
     cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
-    cdef real xi, vi
+    cdef real xv = <real>m.xv, vv = <real>m.vv, vi
+    cdef double a, b
     cdef Py_ssize_t i
-    if vx == 0:             # an infinite x makes a NaN of 0 * x
+    if m.xx == 1 and m.vx == 0 and vv >= least:
         for i in range(n):
             vi = v[i]
-            x[i] = xx * x[i] + xv * vi
+            x[i] = x[i] + xv * vi
             v[i] = vv * vi
     else:
         for i in range(n):
-            xi, vi = x[i], v[i]
-            x[i] = xx * xi + xv * vi
-            v[i] = vx * xi + vv * vi
+            a, b = <double>x[i], <double>v[i]
+            x[i] = <real>(m.xx * a + m.xv * b)
+            # an infinite x makes a NaN of 0 * x
+            v[i] = <real>(m.vx * a + m.vv * b if m.vx != 0 else m.vv * b)
     if flushes:
         for i in range(n):
             v[i] = 0 if -least < v[i] < least else v[i]
@@ -562,8 +565,8 @@ cdef inline inlined step_blocks(
 
     Where all lies open, and is more than a few lines, the first block ends where the parameter
     reaches a cache line, so that no later load or store of it splits one; NumPy's own arrays lie
-    16 bytes past a line. Else blocks are the runs on which the noise is laid; `begin` is a multiple
-    of CHUNK.
+    16 bytes past a line. Else blocks are the runs on which the noise is laid, or quarters of them;
+    `begin` is a multiple of CHUNK.
     """
     cdef uint32_t noise[2][BLOCK]
     cdef real scratch_x[BLOCK]
@@ -591,7 +594,9 @@ cdef inline inlined step_blocks(
     fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
     if adds(t):
         last.share = t.share
-        if n_before > 0:
+        if n_before > 0 and t.write_back:
+            most = SHORT_BLOCK
+        elif n_before > 0:
             most = most_at_once(t, arithmetic)
         block = min(most, <Py_ssize_t>(BLOCK if fuses else SHORT_BLOCK))
         fill_nothing(nothing, min(block, end - begin))
@@ -609,7 +614,7 @@ cdef inline inlined step_blocks(
             if begin == added:
                 first = begin
                 added += min(most if n == block else n, end - begin)
-                add_gradients(d, t, begin, added - begin, nothing, c)
+                add_before_last(d, t, begin, added - begin, c)
             d = scratch_d + begin - first
         if fuses:
             if n_before == 0:
@@ -658,7 +663,7 @@ cdef inline inlined step_blocks(
 cdef inline inlined catch_up(
     const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
 ) noexcept nogil:
-    """Apply `behind`, rounded, to x[begin:end] and its velocity."""
+    """Apply `behind` to x[begin:end] and its velocity."""
     cdef real[BLOCK] scratch_x
     cdef real[BLOCK] scratch_v
     cdef real *x
@@ -668,7 +673,7 @@ cdef inline inlined catch_up(
         n = min(BLOCK, end - begin)
         opened(&x, &t.param, begin, n, scratch_x, False, c)
         if t.states[0].data == NULL:
-            shrink(x, n, <real>t.behind.xx)
+            shrink(x, n, t.behind.xx)
         else:
             opened(&v, &t.states[0], begin, n, scratch_v, False, c)
             apply_behind(x, v, n, t.behind, t.scalars.flushes)
@@ -726,7 +731,7 @@ cdef inline Py_ssize_t count_nonfinite(
     cdef Py_ssize_t i, count = 0
     for i in range(begin, end):
         opened(&x, &t.param, i, 1, &scratch, False, c)
-        add_gradients(&d, t, i, 1, &nothing, c)
+        add_before_last(&d, t, i, 1, c)
         add_last(&d, t, x, i, 1, &nothing, c)
         count += not isfinite(<double>d)
     return count
@@ -739,15 +744,15 @@ cdef inline inlined squares(
     cdef double lanes[LANES]
     cdef real[LONG_BLOCK] scratch
     cdef real[BLOCK] scratch_x
-    cdef real[BLOCK] nothing
+    cdef real[SHORT_BLOCK] nothing
     cdef real *d
-    cdef real *x
+    cdef real *x = NULL
     cdef Py_ssize_t most = CHUNK
     cdef Py_ssize_t i, n, first, added, stop
     cdef Partial *partial
     if adds(t):
         most = most_at_once(t, arithmetic)
-        fill_nothing(nothing, BLOCK)
+        fill_nothing(nothing, SHORT_BLOCK)
     elif not holds(t.grads[0].storage, arithmetic):
         most = BLOCK
     while begin < end:
@@ -760,10 +765,11 @@ cdef inline inlined squares(
                 if i == added:
                     first = i
                     added = min(i + most, stop)
-                    add_gradients(scratch, t, i, added - i, nothing, c)
+                    add_before_last(scratch, t, i, added - i, c)
                 n = min(SHORT_BLOCK, added - i)
                 d = scratch + i - first
-                opened(&x, &t.param, i, n, scratch_x, False, c)
+                if t.outer:
+                    opened(&x, &t.param, i, n, scratch_x, False, c)
                 add_last(d, t, x, i, n, nothing, c)
             else:
                 n = min(most, stop - i)
@@ -806,7 +812,7 @@ cdef inline inlined ask_for_lines(
     cdef Py_ssize_t n_bytes = width * itemsize_of(stream.storage)
     cdef const char *at = <const char *>stream.data + number * n_bytes
     cdef const char *end = at + min(n_bytes, <Py_ssize_t>MOST_AHEAD)
-    at += LINE
+    at += LINE - <uintptr_t>at % LINE
     while at < end:
         prefetch(at)
         at += LINE
@@ -868,7 +874,8 @@ cdef inline inlined run(
         part = &one
     while k < stop:
         if by_rows:
-            ask_for_rows(t, k, first, stop)
+            if what == STEP:
+                ask_for_rows(t, k, first, stop)
             point_at_row(&one, t, k)
         if part.behind != NULL and (what == STEP or what == CATCH_UP):
             catch_up(part, begin, end, arithmetic, c)

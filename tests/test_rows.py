@@ -120,9 +120,9 @@ def test_exact_is_dense(rng):
     u = 2**-24, a step gives v an error of at most δv = 8u·(V + a·D), from 3 additions of up
     to 4 values, decay, dampening, lr, ρ·v and the sum, and x one of δx = 4u·(X + b·(V + D)). Later
     steps multiply errors by products of their matrices, whose entries are at most 1, but
-    b / (1 - ρ) from v to x and a·λ / (1 - ρ) from x to v, for no row oscillates here. A catch-up's
-    matrix is one of these, rounded: 3u of each product are within a step's error and its later
-    consequences. So
+    b / (1 - ρ) from v to x and a·λ / (1 - ρ) from x to v, for no row oscillates here. A catch-up
+    rounds such a product, or its factors of v and then that: 3u of it are within a step's error and
+    what comes of it later. So
     |Δx| <= E·(δx + b / (1 - ρ)·δv) and |Δv| <= E·(δv + a·λ / (1 - ρ)·δx).
     """
     groups = list(groups_of_every_kind())
