@@ -131,7 +131,7 @@ cdef inline void round_streams(Tensor *t, bint stochastic) noexcept nogil:
         t.draws |= t.states[k].stochastic
 
 
-# One kind of sweep over a range of one tensor
+# One kind of sweep over a range of one tensor, or over the rows that begin there
 ctypedef void (*sweep_t)(Sweep, const Tensor *, Py_ssize_t, Py_ssize_t) noexcept nogil
 
 cdef sweep_t sweep_in_use() noexcept nogil

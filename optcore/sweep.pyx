@@ -1,8 +1,9 @@
 """The loops: one for each rule, compiled for each arithmetic type and SIMD level.
 
-`sweep_in_use` gives the function that runs one kind of sweep over a range of one tensor, at the
-SIMD level in use. Beneath it everything is inlined into one function per level, so that each
-level's compiler flags reach every loop and each constant argument becomes code.
+`sweep_in_use` gives the function that runs one kind of sweep over a range of one tensor, or over
+those of its rows that begin there, at the SIMD level in use. Beneath it everything is inlined into
+one function per level, so that each level's compiler flags reach every loop and each constant
+argument becomes code.
 
 Options come in three places. What is neutral for free (scale, maximize, decoupled decay,
 dampening) is always in the rule's loop; coupled decay has a loop of its own, for no value of
