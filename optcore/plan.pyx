@@ -385,7 +385,7 @@ cdef class Plan(Table):
             tensors, n = self._by_row.at, self._by_row.n
         sweep_all(STEP, tensors, n, step.n_elements, self._by_row.work if step.has_rows else 0)
         if step.has_rows:
-            self._by_row.stamp(self._tensors)
+            self._by_row.note(self._tensors)
 
     cdef bint _step(self, Step *step) except -1:
         """Measure, sweep, keep the books; whether the step was applied."""

@@ -15,15 +15,16 @@ from libc.stdint cimport int32_t, uint64_t
 from numpy cimport PyArray_DATA, PyArray_DIM, PyArray_ITEMSIZE, PyArray_NDIM, import_array
 
 from optcore.arrays cimport as_ndarray, fits, is_tensor, may_meet, spell, stream_of
-from optcore.memory cimport zeroed
 from optcore.parallel cimport sweep_all
-from optcore.simd cimport inlined, prefetch
 from optcore.storage cimport FLOAT64, stream_at, stream_from
 from optcore.sweep cimport (
     CATCH_UP,
+    N_ANSWERS,
     STEP,
+    Answer,
     Partial,
     Row,
+    behind_by,
     n_partials,
     one_tensor,
     point_at,
@@ -39,10 +40,8 @@ import_array()
 
 cdef enum:
     BATCH = 128             # pieces of a table that one sweep catches up
-    N_KNOWN = 64
     FEWEST_RUNS = 1024
     MOST_RUNS = 1 << 18
-    STAMPS_AHEAD = 16
     ROWS_A_RUN = 64         # of a table, at least: histories take 3 bytes a row at most
 
 cdef uint32_t MOST_STEPS = 0xFFFFFFFF       # that a stamp can count
@@ -180,10 +179,6 @@ cdef inline Linear product(const Linear *b, const Linear *a) noexcept nogil:
     )
 
 
-cdef inline bint is_identity(const Linear *m) noexcept nogil:
-    return m.xx == 1 and m.xv == 0 and m.vx == 0 and m.vv == 1
-
-
 # Numbers to twice the precision of float64, high + low (Dekker 1971): a power by repeated squaring
 # would else carry the rounding of its first square k / 2 times.
 
@@ -247,10 +242,8 @@ cdef Linear matrix_of(const Tensor *t) noexcept:
 
 # What rows have missed
 
-cdef struct Known:
-    uint32_t clock
-    uint32_t stamp
-    Linear m
+cdef Linear missed(const void *history, uint32_t stamp) noexcept nogil:
+    return (<History>history).since(stamp)
 
 
 @cython.final
@@ -272,10 +265,9 @@ cdef class History:
         # on huge pages: rows are looked up anywhere
         self._stamps, = allocate_like([np.broadcast_to(np.uint32(0), n_rows)])
         self._runs, self._powers, self._products = Buffer(), Buffer(), Buffer()
-        self._known = zeroed(N_KNOWN, sizeof(Known))
 
     def __reduce__(self):
-        """Copy all but what can be formed again: products, and answers."""
+        """Copy all but what can be formed again."""
         cdef Py_ssize_t i
         cdef const Run *runs = <const Run *>self._runs.at
         cdef Linear[2] wide = [self._high, self._low]
@@ -288,6 +280,11 @@ cdef class History:
 
     cdef uint32_t *stamps(self) noexcept:
         return <uint32_t *>PyArray_DATA(self._stamps)
+
+    cdef const Past *past(self) noexcept:
+        """What a sweep needs of it, as long as its clock stands."""
+        self._past = Past(self.stamps(), self.clock, missed, <const void *>self)
+        return &self._past
 
     cdef int prepare(self) except -1:
         """Make room for one step more."""
@@ -336,12 +333,12 @@ cdef class History:
             i //= 2
             level += 1
 
-    cdef Linear *_at(self, Py_ssize_t level, Py_ssize_t i) noexcept:
+    cdef Linear *_at(self, Py_ssize_t level, Py_ssize_t i) noexcept nogil:
         """The product of the runs [i * 2**level, (i + 1) * 2**level)."""
         cdef Py_ssize_t all = 4 * (self._few + 2)
         return <Linear *>self._products.at + all - (all >> level) + i
 
-    cdef Linear _product(self, Py_ssize_t begin, Py_ssize_t end) noexcept:
+    cdef Linear _product(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
         cdef Linear m = IDENTITY
         cdef Py_ssize_t level
         while begin < end:
@@ -352,7 +349,7 @@ cdef class History:
             begin += <Py_ssize_t>1 << level
         return m
 
-    cdef Linear _power(self, Py_ssize_t run, uint32_t k) noexcept:
+    cdef Linear _power(self, Py_ssize_t run, uint32_t k) noexcept nogil:
         """k steps of a run."""
         cdef const Linear *power = <const Linear *>self._powers.at
         cdef Linear m = IDENTITY
@@ -364,16 +361,13 @@ cdef class History:
             k >>= 1
         return m
 
-    cdef Linear since(self, uint32_t stamp) noexcept:
+    cdef Linear since(self, uint32_t stamp) noexcept nogil:
         """All steps after the one that a row was last up to date at."""
-        cdef Known *known = <Known *>self._known.at + stamp % N_KNOWN
         cdef const Run *runs = <const Run *>self._runs.at
         cdef Py_ssize_t low = 0, last = self._n_runs - 1, high = last, middle
         cdef Linear m, some
         if stamp == self.clock:
             return IDENTITY
-        if known.clock == self.clock and known.stamp == stamp:
-            return known.m
         if runs[last].begin <= stamp:
             m = self._power(last, self.clock - stamp)
         else:
@@ -388,13 +382,11 @@ cdef class History:
             m = product(&some, &m)
             some = self._power(last, self.clock - runs[last].begin)
             m = product(&some, &m)
-        known[0] = Known(self.clock, stamp, m)
         return m
 
     cdef void forget(self) noexcept:
         """All rows are up to date."""
         memset(self.stamps(), 0, self.n_rows * sizeof(uint32_t))
-        memset(self._known.at, 0, N_KNOWN * sizeof(Known))
         self.clock = 0
         self._n_runs = self._n_powers = 0
 
@@ -428,8 +420,14 @@ cdef class History:
 cdef struct Batch:
     Tensor[BATCH] tensors
     Linear[BATCH] behind
+    Answer[N_ANSWERS] answers
     Py_ssize_t n
     Py_ssize_t n_elements
+
+
+cdef void begin_batches(Batch *batch) noexcept:
+    batch.n = batch.n_elements = 0
+    memset(batch.answers, 0, sizeof(batch.answers))
 
 
 cdef void sweep_batch(Batch *batch) noexcept:
@@ -446,11 +444,12 @@ cdef void add_to_batch(
 ) noexcept:
     """Bring rows [begin, end), all of one age, up to date; note that they are."""
     cdef uint32_t *stamps = history.stamps()
+    cdef const Linear *behind = behind_by(history.past(), stamps[begin], batch.answers)
     cdef Py_ssize_t k, n = batch.n
-    batch.behind[n] = history.since(stamps[begin])
     for k in range(begin, end):
         stamps[k] = history.clock
-    if not is_identity(&batch.behind[n]):
+    if behind != NULL:
+        batch.behind[n] = behind[0]
         k = t.size // history.n_rows
         batch.tensors[n] = t[0]
         point_at(&batch.tensors[n], t, begin * k)
@@ -470,7 +469,7 @@ cdef void catch_up_between(
     cdef const uint32_t *stamps = history.stamps()
     cdef Batch batch
     cdef Py_ssize_t first
-    batch.n = batch.n_elements = 0
+    begin_batches(&batch)
     while begin < end:
         first = begin
         while begin < end and stamps[begin] == stamps[first]:
@@ -501,7 +500,7 @@ cdef void catch_up_rows(const Tensor *t, History history, ndarray rows) noexcept
     cdef const int64_t *row = <const int64_t *>PyArray_DATA(rows)
     cdef Batch batch
     cdef Py_ssize_t k
-    batch.n = batch.n_elements = 0
+    begin_batches(&batch)
     for k in range(PyArray_DIM(rows, 0)):
         add_to_batch(&batch, t, history, row[k], row[k] + 1)
     sweep_batch(&batch)
@@ -532,23 +531,14 @@ def _restored(n_rows, clock, ndarray stamps, list runs, bytes powers, bytes wide
 
 # The tensors of a step
 
-cdef inline inlined ask_for_stamps(
-    const uint32_t *stamps, const Row *rows, Py_ssize_t k, Py_ssize_t stop
-) noexcept nogil:
-    while k < stop:
-        prefetch(&stamps[rows[k].number])
-        k += 1
-
-
 @cython.final
 cdef class RowTensors:
     """The tensors of a step of which some are swept over by rows."""
 
     def __cinit__(self):
         self._tensors, self._owners, self._rows = Buffer(), Buffer(), Buffer()
-        self._grads, self._weights, self._behind = Buffer(), Buffer(), Buffer()
-        self._partials, self._numbers, self._counts = Buffer(), Buffer(), Buffer()
-        self._slots = Buffer()
+        self._grads, self._weights, self._numbers = Buffer(), Buffer(), Buffer()
+        self._partials, self._counts, self._slots = Buffer(), Buffer(), Buffer()
 
     cdef int clear(
         self, Py_ssize_t n_tensors, Py_ssize_t n_positions, Py_ssize_t n_chunks
@@ -557,7 +547,6 @@ cdef class RowTensors:
         self._tensors.grow(n_tensors, sizeof(Tensor))
         self._owners.grow(n_tensors, sizeof(Py_ssize_t))
         self._rows.grow(n_positions, sizeof(Row))
-        self._behind.grow(n_positions, sizeof(Linear))
         self._grads.grow(n_positions, sizeof(Stream))
         self._weights.grow(n_positions, sizeof(double))
         self._numbers.grow(n_positions, sizeof(Py_ssize_t))
@@ -580,9 +569,7 @@ cdef class RowTensors:
             self.work += t.size
         return added
 
-    cdef void begin_rows(
-        self, Py_ssize_t n_positions, Py_ssize_t width, History history
-    ) noexcept:
+    cdef void begin_rows(self, Py_ssize_t n_positions, Py_ssize_t width) noexcept:
         """Begin with the rows of a parameter for which gradients come in so many positions."""
         self._mask = 1
         while self._mask < 2 * n_positions:
@@ -590,16 +577,15 @@ cdef class RowTensors:
         self._mask -= 1
         memset(self._slots.at, 0, (self._mask + 1) * sizeof(Py_ssize_t))
         self._first, self._position, self._width = self._n_rows, 0, width
-        self._stamps = NULL if history is None else history.stamps()
 
     cdef int take_rows(self, Rows rows, Py_ssize_t n_rows, Label label) except -1:
         """Number the rows of one set of gradients, in the order in which they first come."""
         cdef const void *data = PyArray_DATA(rows.indices)
         cdef bint is_long = PyArray_ITEMSIZE(rows.indices) == sizeof(int64_t)
         cdef Py_ssize_t *slots = <Py_ssize_t *>self._slots.at
-        cdef Py_ssize_t *numbers = <Py_ssize_t *>self._numbers.at
+        cdef Py_ssize_t *numbers = <Py_ssize_t *>self._numbers.at + self._position
         cdef Row *taken = <Row *>self._rows.at + self._first
-        cdef Py_ssize_t j, k, slot
+        cdef Py_ssize_t j, k, slot, n = self._n_rows - self._first, mask = self._mask
         cdef int64_t r
         for j in range(PyArray_DIM(rows.indices, 0)):
             r = (<const int64_t *>data)[j] if is_long else (<const int32_t *>data)[j]
@@ -608,19 +594,20 @@ cdef class RowTensors:
                     f"{spell(label)} must have indices in [0, {n_rows}), the parameter's rows, got "
                     f"{r} at position {j}"
                 )
-            slot = (<uint64_t>r * <uint64_t>0x9E3779B97F4A7C15 >> 20) & self._mask
+            slot = (<uint64_t>r * <uint64_t>0x9E3779B97F4A7C15 >> 20) & mask
             while slots[slot] != 0 and taken[slots[slot] - 1].number != r:
-                slot = (slot + 1) & self._mask
+                slot = (slot + 1) & mask
             k = slots[slot] - 1
             if k < 0:
-                k = self._n_rows - self._first
+                k = n
+                n += 1
+                slots[slot] = n
                 taken[k].number = r
                 taken[k].n_grads = 0
-                self._n_rows += 1
-                slots[slot] = k + 1
             taken[k].n_grads += 1
-            numbers[self._position] = k
-            self._position += 1
+            numbers[j] = k
+        self._position += PyArray_DIM(rows.indices, 0)
+        self._n_rows = self._first + n
         return 0
 
     cdef void end_rows(
@@ -630,36 +617,29 @@ cdef class RowTensors:
         cdef const Py_ssize_t *numbers = <const Py_ssize_t *>self._numbers.at
         cdef Py_ssize_t *ends = <Py_ssize_t *>self._counts.at
         cdef Row *taken = <Row *>self._rows.at + self._first
-        cdef Linear *behind = <Linear *>self._behind.at + self._first
         cdef Stream *grads = <Stream *>self._grads.at
         cdef double *weights = <double *>self._weights.at
-        cdef Py_ssize_t k, s, at, position = 0, n = self._n_rows - self._first
+        cdef Py_ssize_t k, s, at, n = self._n_rows - self._first, n_grads = self._n_grads
         cdef Tensor *added
         cdef Rows rows
         cdef Stream values
-        if history is not None:
-            ask_for_stamps(self._stamps, taken, 0, min(<Py_ssize_t>STAMPS_AHEAD, n))
         for k in range(n):
-            taken[k].grads = &grads[self._n_grads]
-            taken[k].weights = &weights[self._n_grads] if t.weights != NULL else NULL
-            taken[k].behind = NULL
-            if history is not None:
-                ask_for_stamps(self._stamps, taken, k + STAMPS_AHEAD, min(k + STAMPS_AHEAD + 1, n))
-                behind[k] = history.since(self._stamps[taken[k].number])
-                if not is_identity(&behind[k]):
-                    taken[k].behind = &behind[k]
-            ends[k] = self._n_grads
-            self._n_grads += taken[k].n_grads
+            taken[k].grads = &grads[n_grads]
+            taken[k].weights = &weights[n_grads] if t.weights != NULL else NULL
+            ends[k] = n_grads
+            n_grads += taken[k].n_grads
+        self._n_grads = n_grads
         for s in range(len(sets)):
             rows = <Rows>(<tuple>sets[s])[j]
             values = stream_of(rows.values)
-            for k in range(len(rows)):
-                at = ends[numbers[position]]
-                ends[numbers[position]] += 1
-                grads[at] = stream_from(&values, k * self._width)
+            for k in range(PyArray_DIM(rows.indices, 0)):
+                at = ends[numbers[k]]
+                ends[numbers[k]] += 1
+                grads[at] = values
+                values = stream_from(&values, self._width)
                 if t.weights != NULL:
                     weights[at] = t.weights[s]
-                position += 1
+            numbers += PyArray_DIM(rows.indices, 0)
         self.n_elements += n * self._width - t.size
         self.work += n * (self._width + ROW_COST) - t.size
         added = self.add_whole(t, i)
@@ -667,7 +647,8 @@ cdef class RowTensors:
         added.partials = <Partial *>self._partials.at + self._n_partials
         self._n_partials += n_partials(added)
         if history is not None:
-            self._touched.append((history, i, self._first, self._n_rows))
+            added.past = history.past()
+            self._touched.append((history, i))
 
     cdef void key_noise(self, const Tensor *tensors) noexcept:
         """Take over the keys of this step's noise."""
@@ -675,17 +656,12 @@ cdef class RowTensors:
         for k in range(self.n):
             self.at[k].key = tensors[(<const Py_ssize_t *>self._owners.at)[k]].key
 
-    cdef void stamp(self, const Tensor *tensors) noexcept:
+    cdef void note(self, const Tensor *tensors) noexcept:
         """Note that the step was taken."""
-        cdef const Row *taken = <const Row *>self._rows.at
-        cdef Py_ssize_t i, k, first, end
+        cdef Py_ssize_t i
         cdef History history
-        cdef uint32_t *stamps
-        for history, i, first, end in self._touched:
+        for history, i in self._touched:
             history.note(matrix_of(&tensors[i]))
-            stamps = history.stamps()
-            for k in range(first, end):
-                stamps[taken[k].number] = history.clock
             if history.clock == MOST_STEPS:
                 catch_up_between(&tensors[i], history, 0, history.n_rows)
                 history.forget()

@@ -208,13 +208,10 @@ cdef inline inlined put(
 
 cdef inline inlined opened(
     real **block, const Stream *stream, Py_ssize_t begin, Py_ssize_t n, real *scratch,
-    const bint is_open, const Converters c,
+    const Converters c,
 ) noexcept nogil:
-    """Point at n elements as `real`: where they lie, or loaded into scratch.
-
-    A constant `is_open` tells the compiler what is known already: that they are stored so.
-    """
-    if is_open or holds(stream.storage, scratch[0]):
+    """Point at n elements as `real`: where they lie, or loaded into scratch."""
+    if holds(stream.storage, scratch[0]):
         block[0] = <real *>stream.data + begin
     else:
         fetch(scratch, stream, begin, n, c)

@@ -1,5 +1,5 @@
 """One sweep over one tensor: the tables it reads and the one door to every loop."""
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from optcore.rules cimport MOST_STATES, Rule, Scalars, Variant
 from optcore.simd cimport inlined
@@ -18,7 +18,7 @@ cdef enum:
     CHUNK = 8192
 
 cdef enum Sweep:
-    STEP         # gradient options, rule, average, zeroing: everything that writes
+    STEP         # what rows have missed, gradient options, rule, average, zeroing
     SQUARES      # read-only: sum of squares and count of non-finite gradients
     ZERO         # gradients become zero, NaN included
     CATCH_UP     # what `behind` says, and nothing else
@@ -33,12 +33,20 @@ cdef struct Linear:
     double xx, xv               # x = xx * x + xv * v
     double vx, vv               # v = vx * x + vv * v
 
+ctypedef Linear (*missed_t)(const void *history, uint32_t stamp) noexcept nogil
+
+# The steps that rows of a parameter have missed
+cdef struct Past:
+    uint32_t *stamps            # INOUT of STEP, of each row: the clock when it was up to date
+    uint32_t clock              # before this step
+    missed_t missed             # what rows of a stamp have
+    const void *history
+
 # A row that a step touches
 cdef struct Row:
     Py_ssize_t number           # in the parameter
     const Stream *grads         # n_grads of them
     const double *weights       # of the gradients, or NULL
-    const Linear *behind        # what is applied before a step; NULL: nothing
     int n_grads
 
 # One parameter and all that is stepped with it; every pointer checked at the border.
@@ -50,7 +58,8 @@ cdef struct Tensor:
     Partial *partials               # OUT of SQUARES, one for each CHUNK
     const Scalars *scalars          # IN
     const double *weights           # IN: of the gradients, whose sum is 1; NULL: plainly added
-    const Linear *behind            # IN: as a row's
+    const Linear *behind            # IN: what CATCH_UP applies
+    const Past *past                # of `rows`, which catch up before they are stepped; NULL: none
     const Row *rows                 # what a sweep is over, `size` being theirs; NULL: the whole
     Py_ssize_t width                # elements of a row
     double unit                     # SQUARES: a power of two that multiplies gradients first
@@ -82,6 +91,7 @@ cdef inline Tensor one_tensor(
     t.scalars = scalars
     t.weights = NULL
     t.behind = NULL
+    t.past = NULL
     t.rows = NULL
     t.width = 0
     t.unit = 1
@@ -97,6 +107,33 @@ cdef inline Tensor one_tensor(
     t.write_back = False
     t.draws = False
     return t
+
+
+cdef enum:
+    N_ANSWERS = 256
+
+# What has been worked out of a past
+cdef struct Answer:
+    Linear m
+    uint32_t stamp
+    bint is_known
+    bint acts                   # the identity does not
+
+
+cdef inline bint is_identity(const Linear *m) noexcept nogil:
+    return m.xx == 1 and m.xv == 0 and m.vx == 0 and m.vv == 1
+
+
+cdef inline const Linear *behind_by(
+    const Past *past, uint32_t stamp, Answer *answers
+) noexcept nogil:
+    """What rows of a stamp have missed, there until the next call; NULL where it does nothing."""
+    cdef Answer *answer = &answers[stamp % N_ANSWERS]
+    if not answer.is_known or answer.stamp != stamp:
+        answer.m = past.missed(past.history, stamp)
+        answer.stamp, answer.is_known = stamp, True
+        answer.acts = not is_identity(&answer.m)
+    return &answer.m if answer.acts else NULL
 
 
 cdef inline Py_ssize_t n_chunks(Py_ssize_t size) noexcept nogil:

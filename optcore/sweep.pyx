@@ -380,7 +380,7 @@ cdef inline inlined open_several(
         g = nothing
         several.weights[j] = 1
         if k + j < t.n_grads:
-            opened(&g, &t.grads[k + j], begin, n, scratch[j], False, c)
+            opened(&g, &t.grads[k + j], begin, n, scratch[j], c)
             if t.weights != NULL:
                 several.weights[j] = t.weights[k + j]
         several.grads[j] = g
@@ -438,6 +438,21 @@ cdef inline inlined add_before_last(
     while k < n_before:
         add_group(d, t, k, begin, n, <real *>NULL, c)
         k += AT_ONCE
+
+
+cdef inline inlined before_last(
+    real **d, real *sums, Py_ssize_t *first, Py_ssize_t *end, const Tensor *t, Py_ssize_t at,
+    Py_ssize_t n, const Converters c,
+) noexcept nogil:
+    """Point at what comes before the last few from `at` on, in the sums of elements [first, end).
+
+    Where they end those of the next n are formed.
+    """
+    if at == end[0]:
+        first[0] = at
+        end[0] += n
+        add_before_last(sums, t, at, n, c)
+    d[0] = sums + at - first[0]
 
 
 cdef inline inlined fill_nothing(real *nothing, Py_ssize_t n) noexcept nogil:
@@ -549,7 +564,7 @@ cdef inline inlined apply_behind(
 # The sweeps
 
 cdef inline bint lies_open(const Tensor *t, real arithmetic) noexcept nogil:
-    """Whether the arrays of a rule's loop are stored as `real`; states that it lacks are so too."""
+    """Whether the arrays of a rule's loop are stored as `real`, and states it has no use for."""
     cdef bint opens = not holds(t.param.storage, arithmetic)
     cdef int k
     opens |= not holds(t.grads[0].storage, arithmetic)
@@ -558,16 +573,53 @@ cdef inline bint lies_open(const Tensor *t, real arithmetic) noexcept nogil:
     return not opens
 
 
+cdef inline Py_ssize_t up_to_line(const void *data, Py_ssize_t n, real arithmetic) noexcept nogil:
+    """How many of n elements lie before a cache line, where they are more than a few lines.
+
+    No load or store after them splits a line; NumPy's own arrays lie 16 bytes past one.
+    """
+    if n <= BLOCK:
+        return 0
+    return -<uintptr_t>data % LINE // sizeof(arithmetic)
+
+
+cdef inline bint is_plain(const Tensor *t, real arithmetic) noexcept nogil:
+    """Whether its rule's loop is all that is to be done."""
+    cdef bint around = adds(t) or t.scalars.clip_value < INFINITY or t.ema != NULL or t.zero_grad
+    return not around and lies_open(t, arithmetic)
+
+
+cdef inline inlined step_plain(
+    const Tensor *t, const real *d, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """Step x[begin:end], whose gradient is d."""
+    cdef real *x = <real *>t.param.data + begin
+    cdef real *states[MOST_STATES]
+    cdef Py_ssize_t n = up_to_line(x, end - begin, <real>0)
+    cdef int k
+    for k in range(MOST_STATES):
+        states[k] = <real *>t.states[k].data
+    if n == 0:
+        n = end - begin
+    while begin < end:
+        run_rule(
+            t.rule, t.variant, x, d, states, begin, n, <real>t.scalars.scale, t.scalars,
+            <const Several *>NULL,
+        )
+        x += n
+        d += n
+        begin += n
+        n = end - begin
+
+
 cdef inline inlined step_blocks(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, const bint is_open, real arithmetic,
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, bint is_open, real arithmetic,
     const Converters c,
 ) noexcept nogil:
-    """Step x[begin:end]; the last argument only names its type, as a template's would.
+    """Step x[begin:end]; `arithmetic` only names its type, as a template's argument would.
 
-    Where all lies open, and is more than a few lines, the first block ends where the parameter
-    reaches a cache line, so that no later load or store of it splits one; NumPy's own arrays lie
-    16 bytes past a line. Else blocks are the runs on which the noise is laid, or quarters of them;
-    `begin` is a multiple of CHUNK.
+    Where all lies open, and is more than a block, the first ends at a cache line. Else blocks are
+    the runs on which the noise is laid, or quarters of them; `begin` is a multiple of CHUNK.
     """
     cdef uint32_t noise[2][BLOCK]
     cdef real scratch_x[BLOCK]
@@ -580,7 +632,7 @@ cdef inline inlined step_blocks(
     cdef real bound = <real>s.clip_value
     cdef bint clips = bound < INFINITY
     cdef real scale = 1 if clips else <real>s.scale
-    cdef Py_ssize_t block = end - begin
+    cdef Py_ssize_t block = BLOCK
     cdef Py_ssize_t n = 0
     cdef bint trailed = t.ema != NULL or t.zero_grad
     # Whether the rule's own loop adds the last replicas; there is one for the commonest options
@@ -588,9 +640,9 @@ cdef inline inlined step_blocks(
     cdef real nothing[BLOCK]
     cdef real replicas[AT_ONCE][BLOCK]
     cdef Several last
-    # Gradients before the last few, and where they are added by now
+    # Gradients before the last few, and the elements of which they are added by now
     cdef int n_before = n_before_last(t) if adds(t) else 0
-    cdef Py_ssize_t first = begin, added = begin, most = BLOCK
+    cdef Py_ssize_t added_from = begin, added = begin, most = BLOCK
     cdef int k
     fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
     if adds(t):
@@ -601,22 +653,19 @@ cdef inline inlined step_blocks(
             most = most_at_once(t, arithmetic)
         block = min(most, <Py_ssize_t>(BLOCK if fuses else SHORT_BLOCK))
         fill_nothing(nothing, min(block, end - begin))
-    elif clips or trailed or not is_open:
-        block = BLOCK
-    if is_open and end - begin > BLOCK:
-        n = -(<uintptr_t>t.param.data + begin * sizeof(real)) % LINE // sizeof(real)
+    if is_open:
+        n = up_to_line(<real *>t.param.data + begin, end - begin, arithmetic)
     if n == 0:
         n = block
     while begin < end:
         n = min(n, end - begin)
-        opened(&x, &t.param, begin, n, scratch_x, is_open, c)
+        opened(&x, &t.param, begin, n, scratch_x, c)
         d = scratch_d
         if n_before > 0:
-            if begin == added:
-                first = begin
-                added += min(most if n == block else n, end - begin)
-                add_before_last(d, t, begin, added - begin, c)
-            d = scratch_d + begin - first
+            before_last(
+                &d, scratch_d, &added_from, &added, t, begin,
+                min(most if n == block else n, end - begin), c,
+            )
         if fuses:
             if n_before == 0:
                 d = nothing
@@ -626,18 +675,12 @@ cdef inline inlined step_blocks(
         elif clips:
             fetch(d, t.grads, begin, n, c)
         else:
-            opened(&d, t.grads, begin, n, scratch_d, is_open, c)
+            opened(&d, t.grads, begin, n, scratch_d, c)
         if clips:
             scale_and_clip(d, n, <real>s.scale, bound)
-        for k in range(MOST_STATES):
-            if is_open:
-                states[k] = <real *>t.states[k].data
-            elif t.states[k].data:
-                opened(&states[k], &t.states[k], begin, n, scratch[k], False, c)
-        run_rule(
-            t.rule, t.variant, x, d, states, begin if is_open else 0, n, scale, s,
-            &last if is_open and fuses else NULL,
-        )
+        for k in range(RULE_ROWS[t.rule].n_states):
+            opened(&states[k], &t.states[k], begin, n, scratch[k], c)
+        run_rule(t.rule, t.variant, x, d, states, 0, n, scale, s, &last if fuses else NULL)
         if trailed:
             if t.ema:
                 average(<real *>t.ema + begin, x, n, s)
@@ -648,12 +691,10 @@ cdef inline inlined step_blocks(
                 draw(noise[0], t.key, t.first + begin, n)
                 if RULE_ROWS[t.rule].n_states > 1:
                     draw(noise[1], ~t.key, t.first + begin, n)
-            for k in range(MOST_STATES):
-                if t.states[k].data:
-                    closed(
-                        states[k], &t.states[k], begin, n, noise[(k + 1) // 2],
-                        16 * ((k + 1) % 2), c,
-                    )
+            for k in range(RULE_ROWS[t.rule].n_states):
+                closed(
+                    states[k], &t.states[k], begin, n, noise[(k + 1) // 2], 16 * ((k + 1) % 2), c
+                )
             closed(x, &t.param, begin, n, noise[0], 0, c)
         if t.write_back:
             write_back(t, begin, n, arithmetic, c)
@@ -662,7 +703,8 @@ cdef inline inlined step_blocks(
 
 
 cdef inline inlined catch_up(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
+    const Tensor *t, const Linear *behind, Py_ssize_t begin, Py_ssize_t end, real arithmetic,
+    const Converters c,
 ) noexcept nogil:
     """Apply `behind` to x[begin:end] and its velocity."""
     cdef real[BLOCK] scratch_x
@@ -672,26 +714,31 @@ cdef inline inlined catch_up(
     cdef Py_ssize_t n
     while begin < end:
         n = min(BLOCK, end - begin)
-        opened(&x, &t.param, begin, n, scratch_x, False, c)
+        opened(&x, &t.param, begin, n, scratch_x, c)
         if t.states[0].data == NULL:
-            shrink(x, n, t.behind.xx)
+            shrink(x, n, behind.xx)
         else:
-            opened(&v, &t.states[0], begin, n, scratch_v, False, c)
-            apply_behind(x, v, n, t.behind, t.scalars.flushes)
+            opened(&v, &t.states[0], begin, n, scratch_v, c)
+            apply_behind(x, v, n, behind, t.scalars.flushes)
             closed(v, &t.states[0], begin, n, NULL, 0, c)
         closed(x, &t.param, begin, n, NULL, 0, c)
         begin += n
 
 
 cdef inline inlined step(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
+    const Tensor *t, const real *d, Py_ssize_t begin, Py_ssize_t end, real arithmetic,
+    const Converters c,
 ) noexcept nogil:
-    if lies_open(t, arithmetic):
-        step_blocks(t, begin, end, True, arithmetic, c)
-    elif sizeof(real) == sizeof(float) and is_packed(t):
+    """Where the step is plain d is the gradient of x[begin:end], else NULL."""
+    cdef bint is_open
+    if d != NULL:
+        step_plain(t, d, begin, end)
+        return
+    is_open = lies_open(t, arithmetic)
+    if not is_open and sizeof(real) == sizeof(float) and is_packed(t):
         step_packed(t, begin, end)
     else:
-        step_blocks(t, begin, end, False, arithmetic, c)
+        step_blocks(t, begin, end, is_open, arithmetic, c)
 
 
 cdef inline inlined add_squares(
@@ -731,7 +778,7 @@ cdef inline Py_ssize_t count_nonfinite(
     cdef real *x
     cdef Py_ssize_t i, count = 0
     for i in range(begin, end):
-        opened(&x, &t.param, i, 1, &scratch, False, c)
+        opened(&x, &t.param, i, 1, &scratch, c)
         add_before_last(&d, t, i, 1, c)
         add_last(&d, t, x, i, 1, &nothing, c)
         count += not isfinite(<double>d)
@@ -749,7 +796,7 @@ cdef inline inlined squares(
     cdef real *d
     cdef real *x = NULL
     cdef Py_ssize_t most = CHUNK
-    cdef Py_ssize_t i, n, first, added, stop
+    cdef Py_ssize_t i, n, added_from, added, stop
     cdef Partial *partial
     if adds(t):
         most = most_at_once(t, arithmetic)
@@ -760,21 +807,19 @@ cdef inline inlined squares(
         stop = min(begin + CHUNK, end)
         partial = &t.partials[begin // CHUNK]
         memset(lanes, 0, sizeof(lanes))
-        added = i = begin
+        added_from = added = i = begin
         while i < stop:
             if adds(t):
-                if i == added:
-                    first = i
-                    added = min(i + most, stop)
-                    add_before_last(scratch, t, i, added - i, c)
+                before_last(
+                    &d, scratch, &added_from, &added, t, i, min(most, stop - i), c
+                )
                 n = min(SHORT_BLOCK, added - i)
-                d = scratch + i - first
                 if t.outer:
-                    opened(&x, &t.param, i, n, scratch_x, False, c)
+                    opened(&x, &t.param, i, n, scratch_x, c)
                 add_last(d, t, x, i, n, nothing, c)
             else:
                 n = min(most, stop - i)
-                opened(&d, t.grads, i, n, scratch, False, c)
+                opened(&d, t.grads, i, n, scratch, c)
             add_squares(lanes, d, n, t.unit)
             i += n
         fold(lanes, LANES // 2)
@@ -820,12 +865,15 @@ cdef inline inlined ask_for_lines(
 
 
 cdef inline inlined ask_for_group(const Tensor *t, Py_ssize_t k, Py_ssize_t stop) noexcept nogil:
+    """Ask for the stamps of rows [k, stop), and for the first lines."""
     cdef const Stream *v = &t.states[0]
     cdef Py_ssize_t n_bytes = t.width * itemsize_of(t.param.storage), n_bytes_v
     if v.data == NULL:
         v = &t.param
     n_bytes_v = t.width * itemsize_of(v.storage)
     while k < stop:
+        if t.past != NULL:
+            prefetch(&t.past.stamps[t.rows[k].number])
         prefetch(<const char *>t.param.data + t.rows[k].number * n_bytes)
         prefetch(<const char *>v.data + t.rows[k].number * n_bytes_v)
         k += 1
@@ -849,10 +897,19 @@ cdef inline inlined point_at_row(Tensor *one, const Tensor *t, Py_ssize_t k) noe
     cdef const Row *row = &t.rows[k]
     point_at(one, t, row.number * t.width)
     one.grads, one.n_grads, one.weights = row.grads, row.n_grads, row.weights
-    one.behind = row.behind
     one.partials = t.partials + k * n_chunks(t.width)
     if t.draws:
         one.key = key_of(t.key, row.number, 0)
+
+
+cdef inline const Linear *take_behind(
+    const Past *past, Py_ssize_t number, Answer *answers
+) noexcept nogil:
+    """What a row has missed; with the step that comes now it is up to date."""
+    cdef uint32_t *stamp = &past.stamps[number]
+    cdef const Linear *behind = behind_by(past, stamp[0], answers)
+    stamp[0] = past.clock + 1
+    return behind
 
 
 cdef inline inlined run(
@@ -862,26 +919,41 @@ cdef inline inlined run(
     """One kind of sweep over [begin, end), or over the rows whose first elements, one row after
     another, lie in it."""
     cdef Tensor one
+    cdef Answer answers[N_ANSWERS]
     cdef const Tensor *part = t
+    cdef const Linear *behind = t.behind if what == CATCH_UP else NULL
+    cdef const real *d = NULL
     cdef bint by_rows = t.rows != NULL
+    cdef bint rule_alone = what == STEP and is_plain(t, arithmetic)
     cdef Py_ssize_t k = 0, first = 0, stop = 1
     if by_rows:
         k = first = (begin + t.width - 1) // t.width
         stop = (end + t.width - 1) // t.width
         one = t[0]
         one.rows = NULL
-        one.first = begin = 0
-        one.size = end = t.width
-        part = &one
+        one.first = 0
+        one.size = t.width
+        if t.past != NULL and what == STEP:
+            memset(answers, 0, sizeof(answers))
+    elif rule_alone:
+        d = <const real *>t.grads[0].data + begin
     while k < stop:
         if by_rows:
             if what == STEP:
                 ask_for_rows(t, k, first, stop)
-            point_at_row(&one, t, k)
-        if part.behind != NULL and (what == STEP or what == CATCH_UP):
-            catch_up(part, begin, end, arithmetic, c)
+                if t.past != NULL:
+                    behind = take_behind(t.past, t.rows[k].number, answers)
+            if rule_alone and t.rows[k].n_grads == 1:
+                part, begin = t, t.rows[k].number * t.width
+                d = <const real *>t.rows[k].grads[0].data
+            else:
+                point_at_row(&one, t, k)
+                part, begin, d = &one, 0, NULL
+            end = begin + t.width
+        if behind != NULL:
+            catch_up(part, behind, begin, end, arithmetic, c)
         if what == STEP:
-            step(part, begin, end, arithmetic, c)
+            step(part, d, begin, end, arithmetic, c)
         elif what == SQUARES:
             squares(part, begin, end, arithmetic, c)
         elif what == ZERO:

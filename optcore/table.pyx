@@ -813,7 +813,7 @@ cdef class Table:
                     self._any_history = True
                 history = self._histories[i]
                 history.prepare()
-            self._by_row.begin_rows(lengths[j], self._width_of(i), history)
+            self._by_row.begin_rows(lengths[j], self._width_of(i))
             for k in range(len(sets)):
                 self._by_row.take_rows(
                     <Rows>(<tuple>sets[k])[j], n_rows, self._label(names[k], i)

@@ -493,6 +493,63 @@ def test_many_rows(lazy, rng, threads):
         assert same_bits(x, expected)
 
 
+def test_threads_catch_up_rows_of_every_age(rng):
+    """In one step, many of them as old as others are but for a multiple of what is remembered."""
+    n, every = 3000, 700
+    gradients = [
+        Rows(rng.permutation(n)[: n if k % every == every - 1 else 5],
+             rng.standard_normal((n, 32), np.float32)[: n if k % every == every - 1 else 5])
+        for k in range(2 * every)
+    ]
+    start = rng.standard_normal((n, 32), np.float32)
+    ends = []
+    for n_threads in 1, 3:
+        x = start.copy()
+        opt = optcore.SGD({"emb": x}, lr=0.1, momentum=0.99, weight_decay=0.001)
+        optcore.set_num_threads(n_threads)
+        try:
+            with always_threaded():
+                for rows in gradients:
+                    opt.step({"emb": rows})
+        finally:
+            optcore.set_num_threads(None)
+        opt.catch_up()
+        ends.append(x)
+    dense, d = start.astype(np.float64), np.empty((n, 32))
+    opt = optcore.SGD({"emb": dense}, lr=0.1, momentum=0.99, weight_decay=0.001)
+    for rows in gradients:
+        d[...] = 0
+        d[rows.indices] = rows.values
+        opt.step({"emb": d})
+    assert same_bits(*ends)
+    np.testing.assert_allclose(ends[0], dense, rtol=1e-4, atol=1e-4)
+
+
+def test_the_clock_begins_anew_where_it_ends(rng):
+    """It counts 2**32 - 1 steps; those before the last few are skipped here."""
+    (x, opt), (y, other) = (table(rng, 9, 4, dtype=np.float64, momentum=0.5) for _ in range(2))
+    y[...] = x
+    rows = [rows_of(rng, (9, 4), "float64", k=2) for _ in range(20)]
+    for now in rows[:8]:
+        opt.step({"emb": now})
+        other.step({"emb": now})
+    (history,) = opt._copy_histories()
+    make, (n_rows, clock, stamps, runs, *rest) = history.__reduce__()
+    most = 2**32 - 1
+    by = most - 5 - clock
+    opt._take_histories([
+        make(n_rows, clock + by, stamps + np.uint32(by), [(at + by, k) for at, k in runs], *rest)
+    ])
+    for count, now in enumerate(rows[8:]):
+        (history,) = opt._copy_histories() or [None]
+        assert (history.clock if history else 0) == (most - 5 + count if count < 5 else count - 5)
+        opt.step({"emb": now})
+        other.step({"emb": now})
+    opt.catch_up()
+    other.catch_up()
+    np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
 @by_lazy
 def test_a_step_that_is_skipped_leaves_clocks_alone(lazy, rng):
     (x, a), (y, b) = (table(rng, lazy=lazy, skip_nonfinite=True) for _ in range(2))
