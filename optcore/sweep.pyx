@@ -58,9 +58,11 @@ cdef enum:
     BLOCK = GRID
     # Of several gradients AT_ONCE are added in one loop; one takes twice the time of four, for then
     # a core waits for one stream alone. All but the last few are added over a LONG_BLOCK: with ten
-    # in memory shorter ones take a quarter longer. What is written back while it is in L1, and the
-    # last few where the rule's loop does not add them itself, in a SHORT_BLOCK.
+    # in memory shorter ones take a quarter longer. But where they are written back, over no more
+    # than stays in L1: a BACK_BLOCK. The last few, where the rule's loop does not add them itself,
+    # in a SHORT_BLOCK.
     LONG_BLOCK = 4096
+    BACK_BLOCK = 128
     SHORT_BLOCK = 64
     AT_ONCE = 4
     LINE = 64           # bytes of a cache line
@@ -75,6 +77,7 @@ cdef struct Several:
     const void *grads[AT_ONCE]
     double weights[AT_ONCE]
     double share
+    bint is_one                 # and neither has a factor: d is x less that
 
 
 # The rule's loop
@@ -101,6 +104,7 @@ cdef inline inlined rule_loop(
     const bint decay,
     const bint flushes,
     const bint outer,
+    const bint of_one,
     real *restrict x,
     const real *restrict d,
     real *restrict u,
@@ -111,23 +115,26 @@ cdef inline inlined rule_loop(
     const Scalars *s,
     const Several *last,
 ) noexcept nogil:
-    """`outer`: d is the sum of an outer step's replicas but for the last, which this adds."""
+    """`outer`: d is the sum of an outer step's replicas but for the last, which this adds; or it
+    is the only one."""
     cdef real xi, di
     cdef real[MOST_STATES] states
-    cdef const real *restrict g0 = <const real *>last.grads[0] if outer else NULL
-    cdef const real *restrict g1 = <const real *>last.grads[1] if outer else NULL
-    cdef const real *restrict g2 = <const real *>last.grads[2] if outer else NULL
-    cdef const real *restrict g3 = <const real *>last.grads[3] if outer else NULL
-    cdef real w0 = <real>last.weights[0] if outer else 0
-    cdef real w1 = <real>last.weights[1] if outer else 0
-    cdef real w2 = <real>last.weights[2] if outer else 0
-    cdef real w3 = <real>last.weights[3] if outer else 0
-    cdef real share = <real>last.share if outer else 0
+    cdef const real *restrict g0 = <const real *>last.grads[0] if outer and not of_one else NULL
+    cdef const real *restrict g1 = <const real *>last.grads[1] if outer and not of_one else NULL
+    cdef const real *restrict g2 = <const real *>last.grads[2] if outer and not of_one else NULL
+    cdef const real *restrict g3 = <const real *>last.grads[3] if outer and not of_one else NULL
+    cdef real w0 = <real>last.weights[0] if outer and not of_one else 0
+    cdef real w1 = <real>last.weights[1] if outer and not of_one else 0
+    cdef real w2 = <real>last.weights[2] if outer and not of_one else 0
+    cdef real w3 = <real>last.weights[3] if outer and not of_one else 0
+    cdef real share = <real>last.share if outer and not of_one else 0
     cdef Py_ssize_t i
     for i in range(n):
         xi = x[i]
         di = d[i]
-        if outer:
+        if outer and of_one:
+            di = xi - di
+        elif outer:
             di = xi - share * (di + w0 * g0[i] + w1 * g1[i] + w2 * g2[i] + w3 * g3[i])
         if RULE_ROWS[rule].n_states > 0:
             states[0] = u[i]
@@ -160,12 +167,14 @@ cdef inline inlined run_decay(
         v = states[1] + at
     if RULE_ROWS[rule].n_states > 2:
         w = states[2] + at
-    if not flushes and last != NULL:
-        rule_loop(rule, variant, False, False, True, x, d, u, v, w, n, scale, s, last)
+    if not flushes and last != NULL and last.is_one:
+        rule_loop(rule, variant, False, False, True, True, x, d, u, v, w, n, scale, s, NULL)
+    elif not flushes and last != NULL:
+        rule_loop(rule, variant, False, False, True, False, x, d, u, v, w, n, scale, s, last)
     elif s.weight_decay != 0:
-        rule_loop(rule, variant, True, flushes, False, x, d, u, v, w, n, scale, s, NULL)
+        rule_loop(rule, variant, True, flushes, False, False, x, d, u, v, w, n, scale, s, NULL)
     else:
-        rule_loop(rule, variant, False, flushes, False, x, d, u, v, w, n, scale, s, NULL)
+        rule_loop(rule, variant, False, flushes, False, False, x, d, u, v, w, n, scale, s, NULL)
 
 
 cdef inline inlined run_flushing(
@@ -367,29 +376,30 @@ cdef inline inlined step_packed(const Tensor *t, Py_ssize_t begin, Py_ssize_t en
 # The stages around it, each over at most BLOCK elements but where it says so
 
 cdef inline inlined open_several(
-    Several *several, const Tensor *t, int k, Py_ssize_t begin, Py_ssize_t n,
+    Several *several, const Tensor *t, int k, const int count, Py_ssize_t begin, Py_ssize_t n,
     real (*scratch)[BLOCK], real *nothing, const Converters c,
 ) noexcept nogil:
-    """Open the gradients from k on, as many of AT_ONCE as there are.
+    """Open so many gradients from k on; `nothing` stands for those that lack, or is NULL.
 
-    Those that lack are -0, adding which leaves every bit as it was.
+    It is -0, adding which leaves every bit as it was.
     """
     cdef real *g
     cdef int j
-    for j in range(AT_ONCE):
-        g = nothing
+    for j in range(count):
         several.weights[j] = 1
-        if k + j < t.n_grads:
-            opened(&g, &t.grads[k + j], begin, n, scratch[j], c)
-            if t.weights != NULL:
-                several.weights[j] = t.weights[k + j]
+        if nothing != NULL and k + j >= t.n_grads:
+            several.grads[j] = nothing
+            continue
+        opened(&g, &t.grads[k + j], begin, n, scratch[j], c)
         several.grads[j] = g
+        if t.weights != NULL:
+            several.weights[j] = t.weights[k + j]
 
 
 cdef inline inlined add_several(
-    real *restrict d, const Several *several, const bint first, Py_ssize_t n
+    real *restrict d, const Several *several, const int count, const bint first, Py_ssize_t n
 ) noexcept nogil:
-    """Add them to d from left to right, each times its weight; `first`: d holds nothing yet."""
+    """Add so many to d from left to right, each times its weight; `first`: d holds nothing yet."""
     cdef const real *restrict g0 = <const real *>several.grads[0]
     cdef const real *restrict g1 = <const real *>several.grads[1]
     cdef const real *restrict g2 = <const real *>several.grads[2]
@@ -400,43 +410,65 @@ cdef inline inlined add_several(
     cdef Py_ssize_t i
     for i in range(n):
         sum = w0 * g0[i] if first else d[i] + w0 * g0[i]
-        d[i] = sum + w1 * g1[i] + w2 * g2[i] + w3 * g3[i]
+        if count > 1:
+            sum = sum + w1 * g1[i]
+        if count > 2:
+            sum = sum + w2 * g2[i]
+        if count > 3:
+            sum = sum + w3 * g3[i]
+        d[i] = sum
 
 
 cdef inline int n_before_last(const Tensor *t) noexcept nogil:
     """Gradients before the last few."""
-    return (t.n_grads - 1) // AT_ONCE * AT_ONCE
+    return max(t.n_grads - AT_ONCE, 0)
+
+
+cdef inline bint grads_lie_open(const Tensor *t, real arithmetic) noexcept nogil:
+    cdef int k
+    for k in range(t.n_grads):
+        if not holds(t.grads[k].storage, arithmetic):
+            return False
+    return True
 
 
 cdef inline Py_ssize_t most_at_once(const Tensor *t, real arithmetic) noexcept nogil:
     """Elements over which the gradients before the last few are added."""
-    cdef int k
-    for k in range(t.n_grads):
-        if not holds(t.grads[k].storage, arithmetic):
-            return BLOCK
-    return LONG_BLOCK * sizeof(float) // sizeof(arithmetic)
+    if grads_lie_open(t, arithmetic):
+        return LONG_BLOCK * sizeof(float) // sizeof(arithmetic)
+    return BLOCK
 
 
 cdef inline inlined add_group(
-    real *restrict d, const Tensor *t, int k, Py_ssize_t begin, Py_ssize_t n, real *nothing,
-    const Converters c,
+    real *restrict d, const Tensor *t, int k, const int count, const bint first, Py_ssize_t begin,
+    Py_ssize_t n, real *nothing, const Converters c,
 ) noexcept nogil:
     cdef real[AT_ONCE][BLOCK] scratch
     cdef Several several
-    open_several(&several, t, k, begin, n, scratch, nothing, c)
-    if k == 0:
-        add_several(d, &several, True, n)
-    else:
-        add_several(d, &several, False, n)
+    open_several(&several, t, k, count, begin, n, scratch, nothing, c)
+    add_several(d, &several, count, first, n)
 
 
 cdef inline inlined add_before_last(
     real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, const Converters c
 ) noexcept nogil:
-    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before the last few; w is 1 without weights."""
-    cdef int k = 0, n_before = n_before_last(t)
+    """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before the last few; w is 1 without weights.
+
+    The first group is the short one, if any is.
+    """
+    cdef int n_before = n_before_last(t)
+    cdef int k = n_before % AT_ONCE
+    if k == 1:
+        add_group(d, t, 0, 1, True, begin, n, <real *>NULL, c)
+    elif k == 2:
+        add_group(d, t, 0, 2, True, begin, n, <real *>NULL, c)
+    elif k == 3:
+        add_group(d, t, 0, 3, True, begin, n, <real *>NULL, c)
+    elif n_before > 0:
+        add_group(d, t, 0, 4, True, begin, n, <real *>NULL, c)
+        k = AT_ONCE
     while k < n_before:
-        add_group(d, t, k, begin, n, <real *>NULL, c)
+        add_group(d, t, k, 4, False, begin, n, <real *>NULL, c)
         k += AT_ONCE
 
 
@@ -474,7 +506,10 @@ cdef inline inlined add_last(
     real *nothing, const Converters c,
 ) noexcept nogil:
     """What takes the gradient's place: the sum, or of an outer step d = x - share * sum."""
-    add_group(d, t, n_before_last(t), begin, n, nothing, c)
+    if t.n_grads > AT_ONCE:
+        add_group(d, t, t.n_grads - AT_ONCE, 4, False, begin, n, <real *>NULL, c)
+    else:
+        add_group(d, t, 0, 4, True, begin, n, nothing, c)
     if t.outer:
         less_mean(d, x, <real>t.share, n)
 
@@ -510,13 +545,51 @@ cdef inline inlined zero_gradients(const Tensor *t, Py_ssize_t begin, Py_ssize_t
         memset(<char *>t.grads[k].data + begin * itemsize, 0, n * itemsize)
 
 
+cdef inline inlined give(
+    const real *restrict x, const Tensor *t, int k, const int count, Py_ssize_t begin, Py_ssize_t n
+) noexcept nogil:
+    """Copy x to so many gradient arrays from k on, which are stored as it is."""
+    cdef real *restrict a = <real *>t.grads[k].data + begin
+    cdef real *restrict b = <real *>t.grads[k + 1].data + begin if count > 1 else NULL
+    cdef real *restrict c = <real *>t.grads[k + 2].data + begin if count > 2 else NULL
+    cdef real *restrict d = <real *>t.grads[k + 3].data + begin if count > 3 else NULL
+    cdef Py_ssize_t i
+    for i in range(n):
+        a[i] = x[i]
+        if count > 1:
+            b[i] = x[i]
+        if count > 2:
+            c[i] = x[i]
+        if count > 3:
+            d[i] = x[i]
+
+
+cdef inline inlined give_all(
+    const real *x, const Tensor *t, Py_ssize_t begin, Py_ssize_t n
+) noexcept nogil:
+    cdef int k = 0
+    while k + AT_ONCE <= t.n_grads:
+        give(x, t, k, 4, begin, n)
+        k += AT_ONCE
+    if t.n_grads - k == 1:
+        give(x, t, k, 1, begin, n)
+    elif t.n_grads - k == 2:
+        give(x, t, k, 2, begin, n)
+    elif t.n_grads - k == 3:
+        give(x, t, k, 3, begin, n)
+
+
 cdef inline inlined write_back(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t n, real arithmetic, const Converters c
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t n, bint all_open, real arithmetic,
+    const Converters c,
 ) noexcept nogil:
     """Give every gradient array the parameter as it is now."""
     cdef real[BLOCK] x
     cdef size_t itemsize = itemsize_of(t.param.storage)
     cdef int k
+    if all_open:
+        give_all(<const real *>t.param.data + begin, t, begin, n)
+        return
     for k in range(t.n_grads):
         if t.grads[k].storage == plain(t.param.storage):
             memcpy(<char *>t.grads[k].data + begin * itemsize,
@@ -635,6 +708,7 @@ cdef inline inlined step_blocks(
     cdef Py_ssize_t block = BLOCK
     cdef Py_ssize_t n = 0
     cdef bint trailed = t.ema != NULL or t.zero_grad
+    cdef bint all_open = t.write_back and is_open and grads_lie_open(t, arithmetic)
     # Whether the rule's own loop adds the last replicas; there is one for the commonest options
     cdef bint fuses = is_open and t.outer and not clips and s.weight_decay == 0
     cdef real nothing[BLOCK]
@@ -647,8 +721,9 @@ cdef inline inlined step_blocks(
     fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
     if adds(t):
         last.share = t.share
+        last.is_one = t.n_grads == 1 and t.weights == NULL and t.share == 1
         if n_before > 0 and t.write_back:
-            most = SHORT_BLOCK
+            most = BACK_BLOCK
         elif n_before > 0:
             most = most_at_once(t, arithmetic)
         block = min(most, <Py_ssize_t>(BLOCK if fuses else SHORT_BLOCK))
@@ -666,10 +741,13 @@ cdef inline inlined step_blocks(
                 &d, scratch_d, &added_from, &added, t, begin,
                 min(most if n == block else n, end - begin), c,
             )
-        if fuses:
-            if n_before == 0:
-                d = nothing
-            open_several(&last, t, n_before, begin, n, replicas, nothing, c)
+        if fuses and last.is_one:
+            opened(&d, t.grads, begin, n, scratch_d, c)
+        elif fuses and n_before > 0:
+            open_several(&last, t, n_before, AT_ONCE, begin, n, replicas, <real *>NULL, c)
+        elif fuses:
+            d = nothing
+            open_several(&last, t, 0, AT_ONCE, begin, n, replicas, nothing, c)
         elif adds(t):
             add_last(d, t, x, begin, n, nothing, c)
         elif clips:
@@ -697,7 +775,7 @@ cdef inline inlined step_blocks(
                 )
             closed(x, &t.param, begin, n, noise[0], 0, c)
         if t.write_back:
-            write_back(t, begin, n, arithmetic, c)
+            write_back(t, begin, n, all_open, arithmetic, c)
         begin += n
         n = block
 
