@@ -115,24 +115,24 @@ cdef inline inlined rule_loop(
     const Scalars *s,
     const Several *last,
 ) noexcept nogil:
-    """`outer`: d is the sum of an outer step's replicas but for the last, which this adds; or it
-    is the only one."""
+    """`outer`: d is the sum of an outer step's replicas but for the last, which this adds;
+    `of_one`: d is the only one."""
     cdef real xi, di
     cdef real[MOST_STATES] states
-    cdef const real *restrict g0 = <const real *>last.grads[0] if outer and not of_one else NULL
-    cdef const real *restrict g1 = <const real *>last.grads[1] if outer and not of_one else NULL
-    cdef const real *restrict g2 = <const real *>last.grads[2] if outer and not of_one else NULL
-    cdef const real *restrict g3 = <const real *>last.grads[3] if outer and not of_one else NULL
-    cdef real w0 = <real>last.weights[0] if outer and not of_one else 0
-    cdef real w1 = <real>last.weights[1] if outer and not of_one else 0
-    cdef real w2 = <real>last.weights[2] if outer and not of_one else 0
-    cdef real w3 = <real>last.weights[3] if outer and not of_one else 0
-    cdef real share = <real>last.share if outer and not of_one else 0
+    cdef const real *restrict g0 = <const real *>last.grads[0] if outer else NULL
+    cdef const real *restrict g1 = <const real *>last.grads[1] if outer else NULL
+    cdef const real *restrict g2 = <const real *>last.grads[2] if outer else NULL
+    cdef const real *restrict g3 = <const real *>last.grads[3] if outer else NULL
+    cdef real w0 = <real>last.weights[0] if outer else 0
+    cdef real w1 = <real>last.weights[1] if outer else 0
+    cdef real w2 = <real>last.weights[2] if outer else 0
+    cdef real w3 = <real>last.weights[3] if outer else 0
+    cdef real share = <real>last.share if outer else 0
     cdef Py_ssize_t i
     for i in range(n):
         xi = x[i]
         di = d[i]
-        if outer and of_one:
+        if of_one:
             di = xi - di
         elif outer:
             di = xi - share * (di + w0 * g0[i] + w1 * g1[i] + w2 * g2[i] + w3 * g3[i])
@@ -168,7 +168,7 @@ cdef inline inlined run_decay(
     if RULE_ROWS[rule].n_states > 2:
         w = states[2] + at
     if not flushes and last != NULL and last.is_one:
-        rule_loop(rule, variant, False, False, True, True, x, d, u, v, w, n, scale, s, NULL)
+        rule_loop(rule, variant, False, False, False, True, x, d, u, v, w, n, scale, s, NULL)
     elif not flushes and last != NULL:
         rule_loop(rule, variant, False, False, True, False, x, d, u, v, w, n, scale, s, last)
     elif s.weight_decay != 0:
@@ -329,6 +329,11 @@ cdef inline bint adds(const Tensor *t) noexcept nogil:
     return t.n_grads > 1 or t.outer or t.weights != NULL
 
 
+cdef inline bint has_stages(const Tensor *t) noexcept nogil:
+    """Whether there is more to a step than its rule's loop, and zeroing."""
+    return adds(t) or t.scalars.clip_value < INFINITY or t.ema != NULL
+
+
 cdef inline Storage stepped_state(const Tensor *t) noexcept nogil:
     """How its state is stored; a rule without one may find one there, which stays as it is."""
     return t.states[0].storage if RULE_ROWS[t.rule].n_states > 0 else FLOAT32
@@ -347,8 +352,7 @@ cdef inline bint is_packed(const Tensor *t) noexcept nogil:
     """Whether there is such a loop for it."""
     cdef Storage of_x = t.param.storage, of_d = t.grads[0].storage, of_u = stepped_state(t)
     cdef bint it = t.rule < N_RULES and RULE_ROWS[t.rule].n_states < 2 and t.variant == PLAIN
-    it &= not adds(t) and t.scalars.clip_value == INFINITY and not t.scalars.flushes
-    it &= t.ema == NULL
+    it &= not has_stages(t) and not t.scalars.flushes
     it &= of_d == BFLOAT16 or (of_d == FLOAT32 and of_x == FLOAT32)
     it &= of_x == FLOAT32 or of_x == SPLIT_BFLOAT16 or (of_x == BFLOAT16 and t.param.stochastic)
     it &= of_u == FLOAT32 or (of_u == BFLOAT16 and t.states[0].stochastic)
@@ -658,8 +662,7 @@ cdef inline Py_ssize_t up_to_line(const void *data, Py_ssize_t n, real arithmeti
 
 cdef inline bint is_plain(const Tensor *t, real arithmetic) noexcept nogil:
     """Whether its rule's loop is all that is to be done."""
-    cdef bint around = adds(t) or t.scalars.clip_value < INFINITY or t.ema != NULL or t.zero_grad
-    return not around and lies_open(t, arithmetic)
+    return not has_stages(t) and not t.zero_grad and lies_open(t, arithmetic)
 
 
 cdef inline inlined step_plain(
