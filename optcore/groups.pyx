@@ -14,7 +14,8 @@ from optcore.options cimport (
     FLAG,
     FLOAT32_MASTER,
     SPLIT_MASTER,
-    VELOCITY_AS_STEPPED,
+    STATE_AS_STEPPED,
+    Options,
     as_schedule,
     check_options,
     combine,
@@ -25,24 +26,32 @@ from optcore.options cimport (
     take_row,
     value_of,
 )
-from optcore.rules cimport MOMENTUM, NESTEROV, SGD
+from optcore.rules cimport MOMENTUM, NESTEROV, RULE_ROWS, SGD, Rule
 from optcore.structure cimport same_items
 
 from optcore.options import GROUP_OPTIONS
 
-GROUP_KEYS = ("params", "param_names", *GROUP_OPTIONS)
+OWN_KEYS = ("params", "param_names")
 # Keys that schedulers and users write into groups and that no optimizer reads.
 GROUP_NOTES = (
     "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr",
 )
 
 
+cdef Rule chosen_rule(Rule family, const Options *o) noexcept:
+    """The rule that options choose of a family."""
+    if family == SGD and o.kernel.momentum != 0:
+        return NESTEROV if o.nesterov else MOMENTUM
+    return family
+
+
 cdef class Groups:
     """The groups of one optimizer: a rule, checked options and scalars for each."""
 
-    def __cinit__(self, list params, Rule rule):
+    def __cinit__(self, list params, Rule family, Rule rule):
         self._params = params
-        self._rule = rule
+        self._family, self._rule = family, rule
+        self._options = GROUP_OPTIONS[RULE_ROWS[family].name.decode()]
         self.n = len(params)
         self._memory = zeroed(self.n, sizeof(Group))
         self.at = <Group *>self._memory.at
@@ -120,16 +129,16 @@ cdef class Groups:
         cdef str prefix = self.prefix(g)
         cdef int row
         for key in given:
-            if key not in GROUP_KEYS and key not in GROUP_NOTES:
+            if key not in self._options and key not in OWN_KEYS and key not in GROUP_NOTES:
                 raise TypeError(
-                    f"{prefix}unknown option {key!r}; options are {', '.join(GROUP_OPTIONS)}"
+                    f"{prefix}unknown option {key!r}; options are {', '.join(self._options)}"
                 )
-        for key in GROUP_KEYS:
+        for key in (*OWN_KEYS, *self._options):
             if key not in given:
                 raise KeyError(f"{prefix}option {key!r} is missing")
         if given["params"] is not self._params[g]:
             raise ValueError(f"{prefix}params must stay as the optimizer was built")
-        for name in GROUP_OPTIONS:
+        for name in self._options:
             row = row_named(name)
             value = given[name]
             if row_at(row).range >= FLAG or is_fixed(value):
@@ -145,12 +154,7 @@ cdef class Groups:
     cdef int _check_group(self, Py_ssize_t g, Group *group) except -1:
         """Choose the group's rule by its options, and check them together."""
         cdef str prefix = self.prefix(g)
-        if self._rule >= 0:
-            group.rule = self._rule
-        elif group.options.kernel.momentum == 0:
-            group.rule = SGD
-        else:
-            group.rule = NESTEROV if group.options.nesterov else MOMENTUM
+        group.rule = self._rule if self._rule >= 0 else chosen_rule(self._family, &group.options)
         self._check_storage(prefix, group)
         if group.has_float32:
             check_options(group.rule, &group.options, True, prefix)
@@ -172,19 +176,22 @@ cdef class Groups:
                 f"{prefix}master='float32' must have bfloat16 or float16 parameters, got none: "
                 "master='auto' suits every type"
             )
-        if group.options.velocity_dtype != VELOCITY_AS_STEPPED and group.has_float64:
+        if group.options.velocity_dtype != STATE_AS_STEPPED and group.has_float64:
             raise ValueError(
                 f"{prefix}velocity_dtype must be None for float64 parameters, got "
                 f"{value_of(&group.options, row_named('velocity_dtype'))!r}"
             )
         return 0
 
-    cdef int follow(self, Py_ssize_t step_count) except -1:
-        """Ask what varies for its number at this step, and check the groups it is in."""
+    cdef bint follow(self, Py_ssize_t step_count) except -1:
+        """Ask what varies for its number at this step, and check the groups it is in.
+
+        Return whether anything does.
+        """
         cdef Py_ssize_t g
         cdef int row
         if not self._varying:
-            return 0
+            return False
         for g, row, value in self._varying:
             name = self.prefix(g) + name_at(row)
             if as_schedule(value) is not None:
@@ -192,25 +199,27 @@ cdef class Groups:
             take_row(&self.at[g].options, row, value, name)
         for g in sorted({g for g, _, _ in self._varying}):
             self._check_group(g, &self.at[g])
-        return 0
+        return True
 
     cdef void form_scalars(self, double grad_scale, double ema_decay) noexcept:
         """Form the scalars of a step."""
         cdef Py_ssize_t g
-        cdef Group *group
-        cdef optcore_options o
+        self._grad_scale, self._ema_decay = grad_scale, ema_decay
         for g in range(self.n):
-            group = &self.at[g]
-            o = group.options.kernel
-            o.grad_scale = grad_scale
-            group.scalars = combine(&o)
-            group.scalars.ema_decay = ema_decay
-            group.scalars.ema_weight = 1 - ema_decay
+            self.scalars_at(g, NULL, &self.at[g].scalars)
+
+    cdef void scalars_at(self, Py_ssize_t g, const Count *count, Scalars *scalars) noexcept:
+        """Form those of one group, or of a parameter of it that has had so many steps."""
+        cdef optcore_options o = self.at[g].options.kernel
+        o.grad_scale = self._grad_scale
+        scalars[0] = combine(&o)
+        scalars.ema_decay = self._ema_decay
+        scalars.ema_weight = 1 - self._ema_decay
 
     def values(self):
         """Return every group's options as the numbers and flags now at work."""
         cdef Py_ssize_t g
         return [
-            {name: value_of(&self.at[g].options, row_named(name)) for name in GROUP_OPTIONS}
+            {name: value_of(&self.at[g].options, row_named(name)) for name in self._options}
             for g in range(self.n)
         ]

@@ -8,6 +8,7 @@ cdef enum Range:
     NONNEGATIVE     # finite, >= 0
     POSITIVE        # finite, > 0
     PORTION         # in [0, 1)
+    POWER           # in [0, 1), and never rounded itself
     FRACTION        # in [0, 1), and when rounded to float32 too
     FLAG            # True or False
     INTEGER         # in [0, 2**64)
@@ -24,10 +25,10 @@ cdef enum Rounding:
     STOCHASTIC
     NEAREST
 
-cdef enum VelocityType:
-    VELOCITY_AS_STEPPED
-    VELOCITY_FLOAT32
-    VELOCITY_BFLOAT16
+cdef enum StateType:
+    STATE_AS_STEPPED
+    STATE_FLOAT32
+    STATE_BFLOAT16
 
 cdef enum Lazy:
     EXACT_ROWS

@@ -7,7 +7,7 @@ from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from libc.math cimport INFINITY, isfinite, isinf
 from libc.string cimport memset
 
-from optcore.rules cimport NESTEROV, RULE_ROWS, SGD
+from optcore.rules cimport N_RULES, RULE_ROWS, family_of, is_nesterov, is_still
 
 import operator
 from collections import namedtuple
@@ -19,6 +19,7 @@ RANGES = {
     NONNEGATIVE: "a finite number >= 0",
     POSITIVE: "a finite number > 0",
     PORTION: "a number in [0, 1)",
+    POWER: "a number in [0, 1)",
     FRACTION: "a number in [0, 1)",
     FLAG: "True or False",
     INTEGER: "an integer in [0, 2**64)",
@@ -50,7 +51,13 @@ REFUSALS = {
 
 # Who holds an option: a key of param_groups, an argument of one step, an attribute
 GROUP, CALL, OPTIMIZER = "group", "call", "optimizer"
-Option = namedtuple("Option", ["name", "range", "default", "holder", "refused", "offset"])
+# Optimizers by the rule that they are named for; `families` are those that have an option.
+FAMILIES = tuple(dict.fromkeys([RULE_ROWS[family_of(rule)].name.decode()
+                                for rule in range(N_RULES)]))
+Option = namedtuple("Option", ["name", "range", "default", "holder", "refused", "offset",
+                               "families"], defaults=[FAMILIES])
+
+MOVING = ("sgd",)                 # with rules that have momentum
 
 cdef Options sample
 cdef const char *start = <const char *>&sample
@@ -58,9 +65,9 @@ cdef const char *start = <const char *>&sample
 # to the kernels; lr has no default.
 OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("lr", NONNEGATIVE, None, GROUP, 0, <char *>&sample.kernel.lr - start),
-    ("momentum", FRACTION, 0.0, GROUP, 0, <char *>&sample.kernel.momentum - start),
+    ("momentum", FRACTION, 0.0, GROUP, 0, <char *>&sample.kernel.momentum - start, MOVING),
     ("dampening", PORTION, 0.0, GROUP, NO_MOMENTUM | NOT_DAMPED | VELOCITY_HAS_LR,
-     <char *>&sample.kernel.dampening - start),
+     <char *>&sample.kernel.dampening - start, ("sgd",)),
     ("weight_decay", NONNEGATIVE, 0.0, GROUP, 0, <char *>&sample.kernel.weight_decay - start),
     ("grad_scale", POSITIVE, 1.0, CALL, 0, <char *>&sample.kernel.grad_scale - start),
     ("clip_value", NONNEGATIVE, None, GROUP, NORM_CLIPPED,
@@ -69,7 +76,7 @@ OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("decoupled_weight_decay", FLAG, False, GROUP, 0,
      <char *>&sample.kernel.decoupled_weight_decay - start),
     ("lr_in_velocity", FLAG, False, GROUP, VELOCITY_LACKS_LR,
-     <char *>&sample.kernel.lr_in_velocity - start),
+     <char *>&sample.kernel.lr_in_velocity - start, MOVING),
     ("first_step", FLAG, False, CALL, 0, <char *>&sample.kernel.first_step - start),
     ("flush_subnormals", FLAG, False, GROUP, 0, <char *>&sample.kernel.flush_subnormals - start),
     ("noise_key", INTEGER, 0, CALL, 0, <char *>&sample.kernel.noise_key - start),
@@ -77,33 +84,39 @@ OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("stochastic", FLAG, False, CALL, 0, <char *>&sample.kernel.stochastic - start),
     ("max_norm", NONNEGATIVE, None, OPTIMIZER, 0, <char *>&sample.max_norm - start),
     ("ema_decay", FRACTION, None, OPTIMIZER, 0, <char *>&sample.ema_decay - start),
-    ("nesterov", FLAG, False, GROUP, NO_MOMENTUM | OTHER_RULE, <char *>&sample.nesterov - start),
-    ("dampen_first", FLAG, False, GROUP, 0, <char *>&sample.dampen_first - start),
+    ("nesterov", FLAG, False, GROUP, NO_MOMENTUM | OTHER_RULE,
+     <char *>&sample.nesterov - start, MOVING),
+    ("dampen_first", FLAG, False, GROUP, 0, <char *>&sample.dampen_first - start, ("sgd",)),
     ("skip_nonfinite", FLAG, False, OPTIMIZER, 0, <char *>&sample.skip_nonfinite - start),
     ("track_grad_norm", FLAG, False, OPTIMIZER, 0, <char *>&sample.track_grad_norm - start),
     ("master", CHOICE, "auto", GROUP, 0, <char *>&sample.master - start),
     ("rounding", CHOICE, "stochastic", GROUP, 0, <char *>&sample.rounding - start),
-    ("velocity_dtype", CHOICE, None, GROUP, 0, <char *>&sample.velocity_dtype - start),
+    ("velocity_dtype", CHOICE, None, GROUP, 0,
+     <char *>&sample.velocity_dtype - start, ("sgd",)),
     ("lazy", CHOICE, "exact", GROUP, 0, <char *>&sample.lazy - start),
     ("seed", INTEGER, 0, OPTIMIZER, 0, <char *>&sample.seed - start),
 )]}
 
 
-def defaults_of(holder):
+def defaults_of(holder, family):
     """Return the options of one holder by name, each with its default, lr first."""
-    return {row.name: row.default for row in OPTIONS.values() if row.holder == holder}
+    return {row.name: row.default for row in OPTIONS.values()
+            if row.holder == holder and family in row.families}
 
 
-GROUP_OPTIONS = defaults_of(GROUP)
-OPTIMIZER_OPTIONS = defaults_of(OPTIMIZER)
+GROUP_OPTIONS = {family: defaults_of(GROUP, family) for family in FAMILIES}
+OPTIMIZER_OPTIONS = defaults_of(OPTIMIZER, "sgd")       # which all have
 # The fields of optcore_options
 KERNEL_OPTIONS = {name: row for name, row in OPTIONS.items()
                   if row.offset < <Py_ssize_t>sizeof(optcore_options)}
 
+cdef enum:
+    MOST_OPTIONS = 64
+
 cdef tuple names = tuple(OPTIONS)
-cdef Row[32] rows
-cdef int[64] rows_by_field      # by the field's place in Options, in units of an int
-cdef int[32] rounded, refusable     # rows of what kernels round, of what may be refused
+cdef Row[MOST_OPTIONS] rows
+cdef int[2 * MOST_OPTIONS] rows_by_field    # by the field's place in Options, in units of an int
+cdef int[MOST_OPTIONS] rounded, refusable   # rows of what kernels round, of what may be refused
 cdef int n_rounded = 0, n_refusable = 0
 cdef Options defaults
 
@@ -115,18 +128,18 @@ cdef inline bint is_number(Range range) noexcept:
 cdef int lay_rows() except -1:
     """Put the table, and the options it gives, where C reads them."""
     global n_rounded, n_refusable
-    if len(OPTIONS) > 32 or sizeof(defaults) > sizeof(rows_by_field):
+    if len(OPTIONS) > MOST_OPTIONS or sizeof(defaults) > sizeof(rows_by_field):
         raise SystemError("more options than there is room for")
     cdef int i
     cdef char *field
     memset(&defaults, 0, sizeof(defaults))
     defaults.kernel.size = sizeof(optcore_options)
-    for i, (name, range, default, _, refused, offset) in enumerate(OPTIONS.values()):
+    for i, (name, range, default, _, refused, offset, _) in enumerate(OPTIONS.values()):
         rows[i].range = range
         rows[i].optional = is_number(range) and default is None and name != "lr"
         rows[i].refused = refused
         rows[i].offset = offset
-        if is_number(range) and name in KERNEL_OPTIONS:
+        if is_number(range) and range != POWER and name in KERNEL_OPTIONS:
             rounded[n_rounded] = i
             n_rounded += 1
         if refused:
@@ -354,11 +367,11 @@ cdef int check_rounding(int i, double x, str name) except -1:
 
 cdef int conditions_of(Rule rule, const Options *o) noexcept:
     return (
-        (NO_MOMENTUM if rule == SGD else 0)
+        (NO_MOMENTUM if is_still(rule) else 0)
         | (0 if has_variant(rule, FIRST) else NOT_DAMPED)
         | (VELOCITY_HAS_LR if o.kernel.lr_in_velocity else 0)
-        | (0 if has_variant(rule, LR_IN_VELOCITY) or rule == SGD else VELOCITY_LACKS_LR)
-        | (OTHER_RULE if rule != NESTEROV else 0)
+        | (0 if has_variant(rule, LR_IN_VELOCITY) or is_still(rule) else VELOCITY_LACKS_LR)
+        | (0 if is_nesterov(rule) else OTHER_RULE)
         | (NORM_CLIPPED if o.max_norm < INFINITY else 0)
     )
 

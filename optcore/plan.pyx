@@ -7,10 +7,12 @@ cannot fail (but for `_join_squares`, before anything is written), and then book
 """
 from cython cimport critical_section
 from libc.math cimport INFINITY, isfinite
+from libc.stdint cimport int64_t
 from numpy cimport import_array, ndarray
 
-from optcore.arrays cimport lies_at, lies_like, spell
+from optcore.arrays cimport lies_at, lies_like, spell, storage_of
 from optcore.atomic cimport release, seize
+from optcore.groups cimport Count
 from optcore.memory cimport zeroed
 from optcore.noise cimport GRID, key_of
 from optcore.norm cimport Norm, measures
@@ -35,7 +37,7 @@ from optcore.runtime cimport forks
 from optcore.storage cimport Stream
 from optcore.structure cimport Nest, Roots
 from optcore.sweep cimport STEP, ZERO, Tensor, one_tensor
-from optcore.table cimport GRADS, Step, Table, assign, converted, rule_named, step_over
+from optcore.table cimport GRADS, Step, Table, assign, converted, names_of, rule_named, step_over
 
 from collections.abc import Iterable, Mapping, Set
 from copy import copy
@@ -102,16 +104,16 @@ cdef class Plan(Table):
     # Building
 
     def _build(
-        self, list groups, Nest nest, *, options, grads=None, velocities=None, str rule=None,
-        given=None, firsts=None,
+        self, list groups, Nest nest, *, options, grads=None, velocities=None, str family="sgd",
+        str rule=None, given=None, firsts=None,
     ):
         """Check everything, lay out the tables, and open the optimizer for use.
 
         `groups` are those of `_structure.read_groups`, and `nest` is how gradients come. `options`
-        are those that no group holds; `rule` names that of every group, None leaves it to
-        `momentum` and `nesterov`. `given` is the user's list of group dictionaries, if any. Where
-        others step the rest of each parameter, `firsts` are the places of the first elements, which
-        are multiples of `RUN`.
+        are those that no group holds; `rule` names that of every group, None leaves it to the
+        options to choose one of the `family`. `given` is the user's list of group dictionaries, if
+        any. Where others step the rest of each parameter, `firsts` are the places of the first
+        elements, which are multiples of `RUN`.
         """
         cdef Py_ssize_t i
         self._seize()
@@ -122,7 +124,7 @@ cdef class Plan(Table):
             self._own.ema_decay = 0
             self._norm = Norm()
             self._group_list = given
-            self._param_groups = self._lay(groups, nest, rule_named(rule))
+            self._param_groups = self._lay(groups, nest, rule_named(family), rule_named(rule))
             for i, first in enumerate(firsts or ()):
                 self._tensors[i].first = first
             self._adopt(self._param_groups, options)
@@ -306,7 +308,8 @@ cdef class Plan(Table):
         step.ema_decay = self._own.ema_decay
         if asks:
             self._read_groups()
-            self._groups.follow(self._step_count)
+            if self._groups.follow(self._step_count):
+                self._follow_groups()
             step.ema_decay = self._current_ema_decay()
         return step
 
@@ -380,6 +383,9 @@ cdef class Plan(Table):
     cdef void _sweep(self, const Tensor *tensors, Py_ssize_t n, const Step *step) noexcept:
         """Step these tensors or, where the step has Rows, those that were laid for it."""
         self._catch_up_stepped(step)
+        if self._count_array is not None:
+            with critical_section(self):
+                self._count_step(step)
         if step.has_rows:
             self._by_row.key_noise(self._tensors)
             tensors, n = self._by_row.at, self._by_row.n
@@ -669,10 +675,20 @@ cdef class Plan(Table):
             return [rest is not None for rest in self._rests]
 
     @property
+    def _states_in_use(self):
+        """Of each parameter, the names of the states that its rule has."""
+        cdef Py_ssize_t i
+        return [names_of(self._groups.at[self._slots[i].group].rule) for i in range(self._n)]
+
+    @property
     def _masters(self):
         """What stands beside each parameter: uint16 low halves, a float32 copy, or None."""
         with critical_section(self):
             return self._rests
+
+    def _lend_states(self, name, arrays):
+        """Keep the states of a name in these arrays, each like the one there; None: as it is."""
+        self._exclusively(lend_states, name, arrays)
 
     def _lend_masters(self, masters):
         """Keep in these arrays what `_masters` shows, each like the one there; None: as it is."""
@@ -680,18 +696,21 @@ cdef class Plan(Table):
 
     @property
     def _state(self):
-        """For each parameter its states by name, "ema" (None where there is none), "first_step"."""
+        """Of each parameter its states by name, "ema" (None where there is none), "first_step" and,
+        where its rule counts steps, their numbers.
+        """
         cdef Py_ssize_t i
-        cdef list first_steps = []
+        cdef list others = []
         with critical_section(self):
             states, averages = self._states, self._averages
             for i in range(self._n):
-                first_steps.append(bool(self._slots[i].first_step))
+                others.append({"first_step": bool(self._slots[i].first_step)})
+                if self._count_names:
+                    others[i].update(zip(self._count_names, count_of(&self._counts()[i])))
         arrays = dict(zip((*self._state_names, "ema"), (*states, averages)))
         return [
-            {**{name: of_all and of_all[i] for name, of_all in arrays.items()},
-             "first_step": first_step}
-            for i, first_step in enumerate(first_steps)
+            {**{name: of_all and of_all[i] for name, of_all in arrays.items()}, **other}
+            for i, other in enumerate(others)
         ]
 
     def _grow(self, list groups, nests, grads, velocities, note):
@@ -746,6 +765,10 @@ cdef class Plan(Table):
         `counts` the steps applied and skipped, `writes` pairs of an array and what it becomes.
         """
         self._exclusively(take_state, groups, entries, (options, counts, writes))
+
+
+cdef tuple count_of(const Count *count):
+    return <int64_t>count.step, count.beta1_power, count.beta2_power
 
 
 # The calls that `_exclusively` runs
@@ -951,7 +974,7 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     grown._own, grown._ema_schedule = self._own, self._ema_schedule
     grown._norm = Norm()
     grown._group_list = self._group_list
-    grown._param_groups = grown._lay(groups, nest, self._rule_given)
+    grown._param_groups = grown._lay(groups, nest, self._family, self._rule_given)
     grown._adopt_groups(grown._groups.check(grown._param_groups, &grown._own))
     added = list(range(n, grown._n))
     states = [None if arrays is None else arrays + tuple(grown._state_like(k, added))
@@ -961,6 +984,8 @@ cdef object grown_by(Plan self, object groups, object nests, object rest):
     grown._velocity_roots = self._velocity_roots
     for i in range(n):
         grown._slots[i].first_step = self._slots[i].first_step
+    if self._count_array is not None:
+        grown._count_array[:n] = self._count_array
     for k, arrays in enumerate(states):
         if arrays is not None:
             grown._install_state(k, arrays)
@@ -993,6 +1018,24 @@ cdef object take_grown(Plan self, object grown, object note, object _):
 cdef object look_again(Plan self, object _, object __, object ___):
     self._look_again()
     self._check_places()
+
+
+cdef object lend_states(Plan self, object name, object arrays, object _):
+    cdef Py_ssize_t i, k = self._state_names.index(name)
+    self._check_places()
+    states = list(self._states[k])
+    for i, array in enumerate(arrays):
+        if array is None:
+            continue
+        if not lies_like(<ndarray>array, <ndarray>self._params[i], True) or (
+            storage_of(<ndarray>array) != self._state_storage(i, k)
+        ):
+            raise ValueError(
+                f"{spell(self._label(b'states', i))} must lie as its parameter does"
+            )
+        states[i] = array
+    self._borrowed.add(k)
+    self._install_state(k, tuple(states))
 
 
 cdef object lend_masters(Plan self, object masters, object _, object __):
@@ -1109,6 +1152,9 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
     with critical_section(self):
         for i, first_step in enumerate(first_steps):
             self._slots[i].first_step = first_step
+            if self._count_names:
+                for k, name in enumerate(self._count_names):
+                    self._count_array[i, k] = entries[i].get(name, self._count_array[i, k])
         self._step_count = step_count
         self._skipped = skipped
         self._grad_norm = None

@@ -31,7 +31,7 @@ cdef struct Scalars:
 cdef extern from *:
     """
     #include <optcore.h>
-    #define OPTCORE_MOST_RULES 8        /* that run_rule tells apart */
+    #define OPTCORE_MOST_RULES 16       /* that run_rule tells apart */
     #define OPTCORE_MOST_STATES 3
     #define OPTCORE_ROW_0(rule) {#rule, 0, {0}},
     #define OPTCORE_ROW_1(rule, s) {#rule, 1, {#s}},
@@ -119,7 +119,7 @@ cdef inline inlined apply_rule(
 
 
 cdef inline bint is_linear(const Rule rule) noexcept nogil:
-    """Whether a step under a gradient of zero is linear in x and the rule's one state."""
+    """Whether a step under a gradient of zero is linear in x and the rule's one state, if any."""
     return rule == SGD or rule == MOMENTUM or rule == NESTEROV
 
 
@@ -128,3 +128,26 @@ cdef inline bint has_variant(const Rule rule, const Variant variant) noexcept no
     if variant == LR_IN_VELOCITY:
         return rule == MOMENTUM or rule == NESTEROV
     return variant == PLAIN or rule == MOMENTUM
+
+
+# How an optimizer chooses among rules
+
+cdef inline Rule family_of(const Rule rule) noexcept nogil:
+    """The rule that an optimizer is named for which has this one by its options."""
+    if rule == MOMENTUM or rule == NESTEROV:
+        return SGD
+    return rule
+
+
+cdef inline bint is_still(const Rule rule) noexcept nogil:
+    """Whether it is what a family with momentum has without."""
+    return rule == SGD
+
+
+cdef inline bint is_nesterov(const Rule rule) noexcept nogil:
+    return rule == NESTEROV
+
+
+cdef inline bint counts_steps(const Rule rule) noexcept nogil:
+    """Whether a step depends on how many its parameter has had."""
+    return False

@@ -10,7 +10,9 @@ dampening) is always in the rule's loop; coupled decay has a loop of its own, fo
 λ leaves every bit as it was, and so has flushing; the rest (several gradients, clipping by value,
 averaging, zeroing) are stages around the rule's loop, run block by block while the block is in
 L1. So is the opening of arrays that are stored in another type than they are stepped in. The
-replicas of an outer step, or the last few of them, are added in the rule's loop itself.
+replicas of an outer step, or the last few of them, are added in the rule's loop itself. That is so
+of linear rules, whose loops wait for memory alone; for others decay and flushing are stages, and
+replicas are added before the rule.
 """
 from libc.float cimport DBL_MIN, FLT_MIN
 from libc.math cimport INFINITY, NAN, isfinite
@@ -27,6 +29,7 @@ from optcore.rules cimport (
     RULE_ROWS,
     apply_rule,
     has_variant,
+    is_linear,
     real,
 )
 from optcore.runtime cimport N_SIMD_LEVELS, simd_level
@@ -82,20 +85,25 @@ cdef struct Several:
 
 # The rule's loop
 
+cdef inline real flushed(real v) noexcept nogil:
+    """0 for what is below the smallest normal number; a NaN is not."""
+    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
+    return 0 if -least < v < least else v
+
+
 cdef inline inlined step_element(
     const Rule rule, const Variant variant, const bint decay, const bint flushes,
     real *x, real d, real *states, real scale, const Scalars *s,
 ) noexcept nogil:
-    cdef real least = <real>FLT_MIN if sizeof(real) == sizeof(float) else <real>DBL_MIN
     cdef int k
     d = scale * d
     if decay:
         d = d + <real>s.weight_decay * x[0]
     x[0] = x[0] * <real>s.shrink
     apply_rule(rule, variant, x, d, states, s)
-    if flushes:             # what is below the smallest normal number; a NaN is not
+    if flushes:
         for k in range(RULE_ROWS[rule].n_states):
-            states[k] = 0 if -least < states[k] < least else states[k]
+            states[k] = flushed(states[k])
 
 
 cdef inline inlined rule_loop(
@@ -167,7 +175,9 @@ cdef inline inlined run_decay(
         v = states[1] + at
     if RULE_ROWS[rule].n_states > 2:
         w = states[2] + at
-    if not flushes and last != NULL and last.is_one:
+    if not is_linear(rule):
+        rule_loop(rule, variant, False, False, False, False, x, d, u, v, w, n, scale, s, NULL)
+    elif not flushes and last != NULL and last.is_one:
         rule_loop(rule, variant, False, False, False, True, x, d, u, v, w, n, scale, s, NULL)
     elif not flushes and last != NULL:
         rule_loop(rule, variant, False, False, True, False, x, d, u, v, w, n, scale, s, last)
@@ -181,7 +191,7 @@ cdef inline inlined run_flushing(
     const Rule rule, const Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
     Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
-    if RULE_ROWS[rule].n_states > 0 and s.flushes:
+    if is_linear(rule) and RULE_ROWS[rule].n_states > 0 and s.flushes:
         run_decay(rule, variant, True, x, d, states, at, n, scale, s, last)
     else:
         run_decay(rule, variant, False, x, d, states, at, n, scale, s, last)
@@ -222,6 +232,22 @@ cdef inline inlined run_rule(
         run_variant(6, variant, x, d, states, at, n, scale, s, last)
     elif rule == 7:
         run_variant(7, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 8:
+        run_variant(8, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 9:
+        run_variant(9, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 10:
+        run_variant(10, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 11:
+        run_variant(11, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 12:
+        run_variant(12, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 13:
+        run_variant(13, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 14:
+        run_variant(14, variant, x, d, states, at, n, scale, s, last)
+    elif rule == 15:
+        run_variant(15, variant, x, d, states, at, n, scale, s, last)
 
 
 # The same on bfloat16 where it lies, for what is stepped most: the plain rule of one gradient, what
@@ -288,7 +314,7 @@ cdef inline inlined packed_decay(
     cdef float *u = <float *>t.states[0].data + at
     cdef uint16_t *hu = <uint16_t *>t.states[0].data + at
     cdef Noise noise = noise_from(t.key, t.first + at)
-    if rule >= N_RULES or RULE_ROWS[rule].n_states > 1:
+    if rule >= N_RULES or not is_linear(rule):
         return
     if RULE_ROWS[rule].n_states == 0 and of_u != FLOAT32:
         return
@@ -322,6 +348,22 @@ cdef inline inlined packed_rule(
         packed_decay(6, of_x, of_d, of_u, t, at, n)
     elif t.rule == 7:
         packed_decay(7, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 8:
+        packed_decay(8, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 9:
+        packed_decay(9, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 10:
+        packed_decay(10, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 11:
+        packed_decay(11, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 12:
+        packed_decay(12, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 13:
+        packed_decay(13, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 14:
+        packed_decay(14, of_x, of_d, of_u, t, at, n)
+    elif t.rule == 15:
+        packed_decay(15, of_x, of_d, of_u, t, at, n)
 
 
 cdef inline bint adds(const Tensor *t) noexcept nogil:
@@ -331,7 +373,9 @@ cdef inline bint adds(const Tensor *t) noexcept nogil:
 
 cdef inline bint has_stages(const Tensor *t) noexcept nogil:
     """Whether there is more to a step than its rule's loop, and zeroing."""
-    return adds(t) or t.scalars.clip_value < INFINITY or t.ema != NULL
+    return adds(t) or t.scalars.clip_value < INFINITY or t.ema != NULL or (
+        not is_linear(t.rule) and (t.scalars.weight_decay != 0 or t.scalars.flushes)
+    )
 
 
 cdef inline Storage stepped_state(const Tensor *t) noexcept nogil:
@@ -351,7 +395,7 @@ cdef inline inlined packed_storage(
 cdef inline bint is_packed(const Tensor *t) noexcept nogil:
     """Whether there is such a loop for it."""
     cdef Storage of_x = t.param.storage, of_d = t.grads[0].storage, of_u = stepped_state(t)
-    cdef bint it = t.rule < N_RULES and RULE_ROWS[t.rule].n_states < 2 and t.variant == PLAIN
+    cdef bint it = is_linear(t.rule) and t.variant == PLAIN
     it &= not has_stages(t) and not t.scalars.flushes
     it &= of_d == BFLOAT16 or (of_d == FLOAT32 and of_x == FLOAT32)
     it &= of_x == FLOAT32 or of_x == SPLIT_BFLOAT16 or (of_x == BFLOAT16 and t.param.stochastic)
@@ -530,6 +574,21 @@ cdef inline inlined scale_and_clip(
         d[i] = bound if di > bound else di
 
 
+cdef inline inlined add_decay(
+    real *restrict d, const real *restrict x, Py_ssize_t n, real scale, real decay
+) noexcept nogil:
+    """d = scale * d + decay * x."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        d[i] = scale * d[i] + decay * x[i]
+
+
+cdef inline inlined flush(real *restrict v, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        v[i] = flushed(v[i])
+
+
 cdef inline inlined average(
     real *restrict e, const real *restrict x, Py_ssize_t n, const Scalars *s
 ) noexcept nogil:
@@ -634,8 +693,7 @@ cdef inline inlined apply_behind(
             # an infinite x makes a NaN of 0 * x
             v[i] = <real>(m.vx * a + m.vv * b if m.vx != 0 else m.vv * b)
     if flushes:
-        for i in range(n):
-            v[i] = 0 if -least < v[i] < least else v[i]
+        flush(v, n)
 
 
 # The sweeps
@@ -707,7 +765,10 @@ cdef inline inlined step_blocks(
     cdef const Scalars *s = t.scalars
     cdef real bound = <real>s.clip_value
     cdef bint clips = bound < INFINITY
-    cdef real scale = 1 if clips else <real>s.scale
+    # In the loops of linear rules already
+    cdef bint decays = not is_linear(t.rule) and s.weight_decay != 0
+    cdef bint flushes = not is_linear(t.rule) and s.flushes
+    cdef real scale = 1 if clips or decays else <real>s.scale
     cdef Py_ssize_t block = BLOCK
     cdef Py_ssize_t n = 0
     cdef bint trailed = t.ema != NULL or t.zero_grad
@@ -721,7 +782,7 @@ cdef inline inlined step_blocks(
     cdef int n_before = n_before_last(t) if adds(t) else 0
     cdef Py_ssize_t added_from = begin, added = begin, most = BLOCK
     cdef int k
-    fuses = fuses and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
+    fuses = fuses and is_linear(t.rule) and not (s.flushes and RULE_ROWS[t.rule].n_states > 0)
     if adds(t):
         last.share = t.share
         last.is_one = t.n_grads == 1 and t.weights == NULL and t.share == 1
@@ -753,15 +814,20 @@ cdef inline inlined step_blocks(
             open_several(&last, t, 0, AT_ONCE, begin, n, replicas, nothing, c)
         elif adds(t):
             add_last(d, t, x, begin, n, nothing, c)
-        elif clips:
+        elif clips or decays:
             fetch(d, t.grads, begin, n, c)
         else:
             opened(&d, t.grads, begin, n, scratch_d, c)
         if clips:
             scale_and_clip(d, n, <real>s.scale, bound)
+        if decays:
+            add_decay(d, x, n, 1 if clips else <real>s.scale, <real>s.weight_decay)
         for k in range(RULE_ROWS[t.rule].n_states):
             opened(&states[k], &t.states[k], begin, n, scratch[k], c)
         run_rule(t.rule, t.variant, x, d, states, 0, n, scale, s, &last if fuses else NULL)
+        if flushes:
+            for k in range(RULE_ROWS[t.rule].n_states):
+                flush(states[k], n)
         if trailed:
             if t.ema:
                 average(<real *>t.ema + begin, x, n, s)

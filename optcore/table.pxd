@@ -2,7 +2,7 @@
 from numpy cimport ndarray
 
 from optcore.arrays cimport Label
-from optcore.groups cimport Groups
+from optcore.groups cimport Count, Groups
 from optcore.memory cimport Buffer, Span, Spans
 from optcore.rows cimport History, Rows, RowTensors
 from optcore.rules cimport Rule
@@ -68,7 +68,11 @@ cdef class Table:
     cdef Spans _written         # parameters and what the optimizer owns
     cdef Spans _others
     cdef Groups _groups
-    cdef Rule _rule_given       # of every group; negative: by momentum and nesterov
+    cdef Rule _family           # of the rules that options choose from
+    cdef Rule _rule_given       # of every group; negative: the one that its options choose
+    cdef Buffer _counted        # scalars of each parameter, where they depend on its count of steps
+    cdef readonly ndarray _count_array   # a row of numbers for each parameter, Count to C; or None
+    cdef readonly tuple _count_names
     cdef bint _single, _any_float32
     cdef bint _any_draws        # noise for rounding
     cdef Nest _nest             # how gradients come; None: as one array
@@ -77,6 +81,7 @@ cdef class Table:
     cdef Watch _group_watch     # the watch over it and them
     cdef tuple _params, _keys, _bound
     cdef tuple _on_loan         # velocities of the caller's, each an array or None
+    cdef set _borrowed          # states, by their places, that are others' arrays
     cdef Py_ssize_t _velocity   # their place among the states; -1: the rule has none
     cdef bint _bound_scattered
     cdef readonly tuple _state_names
@@ -90,7 +95,7 @@ cdef class Table:
     cdef list _to_return        # scattered gradients of this step and the buffers they become
 
     # Laying it
-    cdef list _lay(self, list groups, Nest nest, Rule rule)
+    cdef list _lay(self, list groups, Nest nest, Rule family, Rule rule)
     cdef Label _label(self, const char *what, Py_ssize_t i)
     cdef Label _owner(self, Py_ssize_t owner)
     cdef int _list_written(self) except -1
@@ -100,12 +105,15 @@ cdef class Table:
     cdef Storage _param_storage(self, Py_ssize_t i) noexcept
     cdef Storage _state_storage(self, Py_ssize_t i, Py_ssize_t k) noexcept
     cdef list _state_like(self, Py_ssize_t k, list indices)
-    cdef int _follow_rounding(self) noexcept
+    cdef void _follow_groups(self) noexcept
     cdef object _master(self, Py_ssize_t i)
     cdef tuple _from_master(self, Py_ssize_t i, object master, bint writes)
     cdef int _install_rests(self, tuple rests) except -1
     cdef int _start_rests(self) except -1
     cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1
+    cdef void _point_at_states(self, Py_ssize_t i) noexcept
+    cdef Count *_counts(self) noexcept
+    cdef void _count_step(self, const Step *step) noexcept
     cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1
     cdef int _become(self, Table grown) except -1
 
@@ -156,5 +164,6 @@ cdef class Table:
 
 
 cdef Rule rule_named(str name) except -2
+cdef tuple names_of(Rule rule)
 cdef object converted(object value, ndarray like)
 cdef int assign(ndarray to, object value) except -1

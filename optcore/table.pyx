@@ -29,18 +29,19 @@ from optcore.arrays cimport (
     storage_of,
     stream_of,
 )
+from optcore.groups cimport Count, Group
 from optcore.memory cimport span_at, span_of, span_over, zeroed
 from optcore.options cimport (
     EXACT_ROWS,
     FLOAT32_MASTER,
     MASTER_BY_DTYPE,
     SPLIT_MASTER,
+    STATE_BFLOAT16,
     STOCHASTIC,
-    VELOCITY_BFLOAT16,
     variant_of,
 )
 from optcore.rows cimport as_gradient, catch_up_between, is_rows_of
-from optcore.rules cimport NESTEROV, N_RULES, RULE_ROWS, is_linear
+from optcore.rules cimport N_RULES, RULE_ROWS, Scalars, counts_steps, family_of, is_linear
 from optcore.parallel cimport sweep_all
 from optcore.storage cimport (
     BFLOAT16,
@@ -108,7 +109,7 @@ cdef class Table:
 
     # Laying it
 
-    cdef list _lay(self, list groups, Nest nest, Rule rule):
+    cdef list _lay(self, list groups, Nest nest, Rule family, Rule rule):
         """Check the parameters, lay out the tables for them; return the groups' dictionaries."""
         cdef Py_ssize_t i, g, n = 0
         cdef ndarray a
@@ -148,10 +149,12 @@ cdef class Table:
         self._apart = Buffer()
         self._buffers = {}
         self._written, self._others = Spans(), Spans()
-        self._rule_given = rule
-        self._state_names = states_of(rule)
+        self._family, self._rule_given = family, rule
+        self._state_names = states_of(family, rule)
+        self._count_names = counts_of(family if rule < 0 else rule)
         self._states = [None] * len(self._state_names)
         self._rests = (None,) * self._n
+        self._borrowed = set()
         self._velocity = -1
         if "velocity" in self._state_names:
             self._velocity = self._state_names.index("velocity")
@@ -161,7 +164,7 @@ cdef class Table:
                     in zip(group["params"], self._params[n : n + g], strict=True)]):
                 group["params"] = self._params[n : n + g]
             n += g
-        self._groups = Groups([group["params"] for group in each], rule)
+        self._groups = Groups([group["params"] for group in each], family, rule)
         i = 0
         for g, group in enumerate(each):
             for a in group["params"]:
@@ -179,6 +182,11 @@ cdef class Table:
                 self._groups.at[g].has_bfloat16 |= storage == BFLOAT16
                 self._groups.at[g].has_float16 |= storage == FLOAT16
                 i += 1
+        if self._count_names:
+            self._counted = zeroed(self._n, sizeof(Scalars))
+            self._count_array = np.tile([0.0, 1.0, 1.0], (self._n, 1))
+            for i in range(self._n):
+                self._tensors[i].scalars = <Scalars *>self._counted.at + i
         self._list_written()
         return each
 
@@ -191,7 +199,7 @@ cdef class Table:
             return Label(b"the optimizer's own memory", -1, NULL)
         if owner < self._n:
             return self._label(b"params", owner)
-        return self._label(b"velocities", owner - self._n)
+        return self._label(b"velocities" if owner < 2 * self._n else b"state", owner % self._n)
 
     cdef int _list_written(self) except -1:
         """List the memory a step writes; two arrays in one place are an error."""
@@ -206,6 +214,8 @@ cdef class Table:
                 lent = self._on_loan is not None and k == self._velocity
                 for i in range(self._n):
                     owner = self._n + i if lent and self._on_loan[i] is not None else -1
+                    if k in self._borrowed:
+                        owner = 2 * self._n + i
                     self._written.add(span_of(<ndarray>arrays[i], owner))
         for rest in self._rests:
             if rest is not None:
@@ -263,13 +273,13 @@ cdef class Table:
 
     cdef int _start_states(self) except -1:
         """Allocate the states of a group's rule as soon as it has some."""
-        cdef Py_ssize_t g, k, n_states = 0
+        cdef Py_ssize_t g, k
         for g in range(self._groups.n):
-            n_states = max(n_states, RULE_ROWS[self._groups.at[g].rule].n_states)
-        for k in range(n_states):
-            if self._states[k] is None:
-                self._check_places()
-                self._install_state(k, tuple(self._state_like(k, list(range(self._n)))))
+            for name in names_of(self._groups.at[g].rule):
+                k = self._state_names.index(name)
+                if self._states[k] is None:
+                    self._check_places()
+                    self._install_state(k, tuple(self._state_like(k, list(range(self._n)))))
         return 0
 
     cdef tuple _allocated(self, Py_ssize_t first):
@@ -296,7 +306,7 @@ cdef class Table:
     cdef Storage _state_storage(self, Py_ssize_t i, Py_ssize_t k) noexcept:
         """How a state of a parameter is stored."""
         cdef int dtype = self._groups.at[self._slots[i].group].options.velocity_dtype
-        if k == self._velocity and dtype == VELOCITY_BFLOAT16:
+        if k == self._velocity and dtype == STATE_BFLOAT16:
             return BFLOAT16
         return arithmetic_of(self._tensors[i].param.storage)
 
@@ -323,19 +333,24 @@ cdef class Table:
 
     cdef int _adopt_groups(self, tuple checked) except -1:
         self._groups.adopt(checked)
-        return self._follow_rounding()
+        self._follow_groups()
+        return 0
 
-    cdef int _follow_rounding(self) noexcept:
-        """Round as the groups' options say now."""
+    cdef void _follow_groups(self) noexcept:
+        """Have the states of the rule, and round, as the groups' options say now."""
         cdef Py_ssize_t i
+        cdef Rule rule
         self._any_draws = False
         for i in range(self._n):
+            rule = self._groups.at[self._slots[i].group].rule
+            if self._tensors[i].rule != rule:
+                self._tensors[i].rule = rule
+                self._point_at_states(i)
             round_streams(
                 &self._tensors[i],
                 self._groups.at[self._slots[i].group].options.rounding == STOCHASTIC,
             )
             self._any_draws |= self._tensors[i].draws
-        return 0
 
     cdef object _master(self, Py_ssize_t i):
         """A copy of what is stepped where that is more than the parameter shows; else None."""
@@ -372,7 +387,7 @@ cdef class Table:
             if rests[i] is not None:
                 self._tensors[i].param.storage = self._param_storage(i)
                 self._tensors[i].param.rest = PyArray_DATA(<ndarray>rests[i])
-        self._follow_rounding()
+        self._follow_groups()
         return self._list_written()
 
     cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1:
@@ -382,11 +397,44 @@ cdef class Table:
         with critical_section(self):
             self._states = states
         for i in range(self._n):
-            self._tensors[i].states[k] = stream_at(
-                PyArray_DATA(<ndarray>arrays[i]), self._state_storage(i, k)
-            )
-        self._follow_rounding()
+            self._point_at_states(i)
+        self._follow_groups()
         return self._list_written()
+
+    cdef void _point_at_states(self, Py_ssize_t i) noexcept:
+        """Point a tensor at the states of its rule in the rule's order, and then at the others."""
+        cdef Tensor *t = &self._tensors[i]
+        cdef Py_ssize_t k
+        cdef int j = 0
+        cdef list order = list(names_of(t.rule))
+        order += [name for name in self._state_names if name not in order]
+        for name in order:
+            k = self._state_names.index(name) if name in self._state_names else -1
+            if k >= 0 and self._states[k] is not None:
+                t.states[j] = stream_at(
+                    PyArray_DATA(<ndarray>self._states[k][i]), self._state_storage(i, k)
+                )
+            j += 1
+
+    cdef Count *_counts(self) noexcept:
+        return <Count *>PyArray_DATA(self._count_array)
+
+    cdef void _count_step(self, const Step *step) noexcept:
+        """Count the step for the parameters that have it, and form their scalars."""
+        cdef Py_ssize_t i, j
+        cdef Count *count
+        cdef const Group *group
+        for j in range(self._n_in(step)):
+            i = nth(step, j)
+            if self._tensors[i].grads[0].data != NULL:
+                group = &self._groups.at[self._slots[i].group]
+                count = self._counts() + i
+                count.step += 1
+                count.beta1_power *= group.options.kernel.beta1
+                count.beta2_power *= group.options.kernel.beta2
+                self._groups.scalars_at(
+                    self._slots[i].group, count, <Scalars *>self._counted.at + i
+                )
 
     cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1:
         """Average into these arrays; those from `first` on start at the parameters."""
@@ -422,6 +470,7 @@ cdef class Table:
             self._on_loan, self._states = grown._on_loan, grown._states
             self._averages, self._rests = grown._averages, grown._rests
             self._buffers, self._histories = grown._buffers, grown._histories
+            self._counted, self._count_array = grown._counted, grown._count_array
         return 0
 
     @property
@@ -647,7 +696,8 @@ cdef class Table:
                 n_states = RULE_ROWS[rule].n_states
                 if n_states > 0:
                     starts |= slot.first_step
-                    lacks_states |= t.states[n_states - 1].data == NULL
+                    for k in range(n_states):
+                        lacks_states |= t.states[k].data == NULL
             grads += n_sets
         step.n_elements, step.has_gradient = n_elements, has_gradient
         step.starts, step.lacks_states = starts, lacks_states
@@ -987,8 +1037,21 @@ cdef Rule rule_named(str name) except -2:
     raise ValueError(f"rule must be one of optcore's, got {name!r}")
 
 
-cdef tuple states_of(Rule rule):
-    """The names of a rule's states; of all that momentum and nesterov choose from, the most."""
+cdef tuple names_of(Rule rule):
+    """The names of a rule's states."""
     cdef int k
-    rule = NESTEROV if rule < 0 else rule
     return tuple([RULE_ROWS[rule].states[k].decode() for k in range(RULE_ROWS[rule].n_states)])
+
+
+cdef tuple states_of(Rule family, Rule rule):
+    """The names of a rule's states; of a negative one, those of all in its family."""
+    cdef Rule other
+    if rule >= 0:
+        return names_of(rule)
+    return tuple(dict.fromkeys([name for other in range(N_RULES) if family_of(other) == family
+                                for name in names_of(other)]))
+
+
+cdef tuple counts_of(Rule rule):
+    """The names of the numbers that are kept of each parameter's steps."""
+    return ("step",) if counts_steps(rule) else ()

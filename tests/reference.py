@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 
 import optcore
+from optcore.options import GROUP_OPTIONS
+
+SGD_OPTIONS = GROUP_OPTIONS["sgd"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from test_sgd import everything
 
 import optcore
-from optcore.options import GROUP_OPTIONS
+from reference import SGD_OPTIONS
 
 N = 24
 
@@ -469,7 +469,7 @@ def test_groups_may_not_change_shape():
 
 
 @pytest.mark.parametrize("g", [0, 1])
-@pytest.mark.parametrize("key", [*GROUP_OPTIONS, "params", "param_names"])
+@pytest.mark.parametrize("key", [*SGD_OPTIONS, "params", "param_names"])
 def test_a_deleted_key_is_missed(key, g):
     """Each time, until it is there again, wherever in the group it then stands."""
     params, grads = [good(), good(1)], [good(2), good(3)]

@@ -6,7 +6,7 @@ import pytest
 from twin import Twin, everything
 
 import optcore
-from optcore.options import GROUP_OPTIONS
+from reference import SGD_OPTIONS
 
 
 def ones(*shape):
@@ -129,7 +129,7 @@ VALUES = {
 
 
 def test_every_option_is_an_attribute():
-    assert VALUES.keys() == set(GROUP_OPTIONS)
+    assert VALUES.keys() == set(SGD_OPTIONS)
 
 
 @pytest.mark.parametrize("name", VALUES)

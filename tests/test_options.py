@@ -15,15 +15,8 @@ import pytest
 
 import optcore
 from optcore import checkpoint, kernels
-from optcore.options import (
-    CHOICES,
-    GROUP_OPTIONS,
-    KERNEL_OPTIONS,
-    OPTIMIZER_OPTIONS,
-    OPTIONS,
-    REFUSALS,
-)
-from reference import RULES_BY_ID, Options, averaged, same_bits
+from optcore.options import CHOICES, KERNEL_OPTIONS, OPTIMIZER_OPTIONS, OPTIONS, REFUSALS
+from reference import RULES_BY_ID, SGD_OPTIONS, Options, averaged, same_bits
 
 try:
     import torch
@@ -39,7 +32,7 @@ FLAGS = [name for name, row in OPTIONS.items() if row.default is False]
 INTEGERS = [name for name, row in OPTIONS.items() if row.range == OPTIONS["seed"].range]
 NUMBERS = [name for name in OPTIONS if name not in (*FLAGS, *INTEGERS, *CHOICES)]
 OPTIONAL = [name for name in NUMBERS if OPTIONS[name].default is None and name != "lr"]
-SCHEDULED = [name for name in NUMBERS if name in GROUP_OPTIONS]
+SCHEDULED = [name for name in NUMBERS if name in SGD_OPTIONS]
 FRACTIONS = [name for name in NUMBERS
              if OPTIONS[name].range in (OPTIONS["momentum"].range, OPTIONS["dampening"].range)]
 # SGD gives these by itself, from the step it takes
@@ -63,7 +56,7 @@ def draw(rng, dtype=np.float64, shapes=((7,), (3, 5), ())):
 # The table is the only list
 
 def test_the_table_is_whole():
-    assert {**GROUP_OPTIONS, **OPTIMIZER_OPTIONS}.keys() | set(NOT_OF_SGD) == OPTIONS.keys()
+    assert {**SGD_OPTIONS, **OPTIMIZER_OPTIONS}.keys() | set(NOT_OF_SGD) == OPTIONS.keys()
     assert [name for name, row in OPTIONS.items() if row.holder == "call"] == NOT_OF_SGD
     offsets = [row.offset for row in OPTIONS.values()]
     assert offsets == sorted(set(offsets))
@@ -119,7 +112,7 @@ def test_make_options_takes_the_kernels_options(name):
 
 
 def python_signatures():
-    yield "SGD", optcore.SGD.__init__, optcore.SGD, [*GROUP_OPTIONS, *OPTIMIZER_OPTIONS]
+    yield "SGD", optcore.SGD.__init__, optcore.SGD, [*SGD_OPTIONS, *OPTIMIZER_OPTIONS]
     own = ["lr", "weight_decay", "decoupled_weight_decay", "maximize", "grad_scale", "clip_value",
            "rounding", "noise_key"]
     yield "sgd_step", optcore.sgd_step, optcore.sgd_step, own
@@ -164,7 +157,7 @@ def test_signature_of_the_torch_adapter():
     from optcore.torch import SGD
 
     # the norm is tracked by max_norm alone, and lr has PyTorch's default
-    options = [name for name in (*GROUP_OPTIONS, *OPTIMIZER_OPTIONS) if name != "track_grad_norm"]
+    options = [name for name in (*SGD_OPTIONS, *OPTIMIZER_OPTIONS) if name != "track_grad_norm"]
 
     def without_lr(self, momentum=0, *args, **kwargs): ...
 
@@ -250,7 +243,7 @@ def test_stub_of_the_plan():
     for name in OPTIMIZER_OPTIONS:
         assert {(name, "property"), (name, f"{name}.setter")} <= decorators
         assert isinstance(getattr(optcore.SGD, name), type(optcore.SGD.max_norm))
-    assert not {name for name, _ in decorators} & GROUP_OPTIONS.keys()
+    assert not {name for name, _ in decorators} & SGD_OPTIONS.keys()
     for node in functions:
         if node.name in ("step", "step_replicas"):
             found = {name: default for name, default in stubbed_options(node).items()
@@ -268,10 +261,10 @@ def test_stub_of_the_table():
 def test_groups_hold_the_group_options():
     opt = optcore.SGD(np.ones(3), lr=0.25)
     group = opt.param_groups[0]
-    assert group.keys() == GROUP_OPTIONS.keys() | {"params", "param_names"}
+    assert group.keys() == SGD_OPTIONS.keys() | {"params", "param_names"}
     saved = opt.state_dict()["param_groups"][0]
-    assert saved.keys() == GROUP_OPTIONS.keys() | {"params", "param_names", "schedules"}
-    for name, default in {**GROUP_OPTIONS, "lr": 0.25}.items():
+    assert saved.keys() == SGD_OPTIONS.keys() | {"params", "param_names", "schedules"}
+    for name, default in {**SGD_OPTIONS, "lr": 0.25}.items():
         assert same_value(saved[name], default)
         assert same_value(group[name], default)
     for name, default in OPTIMIZER_OPTIONS.items():
@@ -1110,7 +1103,7 @@ def test_state_of_schedules(names, script, rng):
     state = copy.deepcopy(opt.state_dict())
     saved = state["param_groups"][0]
     assert state["version"] == 5
-    assert saved["schedules"] == [name for name in GROUP_OPTIONS if name in names]
+    assert saved["schedules"] == [name for name in SGD_OPTIONS if name in names]
     assert all(saved[name] is None for name in names)
     assert {name: saved[name] for name in options} == options
     y = copy.deepcopy(x)
@@ -1140,7 +1133,7 @@ def test_checkpoint_of_schedules(names, script, rng, tmp_path):
     run(opt, script[:3])
     opt.save(path, include_params=True)
     saved = checkpoint.read(path)["param_groups"][0]
-    assert saved["schedules"] == [name for name in GROUP_OPTIONS if name in names]
+    assert saved["schedules"] == [name for name in SGD_OPTIONS if name in names]
     assert all(saved[name] is None for name in names)
     restored = optcore.SGD(draw(rng), **{"lr": 7.0, **schedules})
     restored.restore(path)
@@ -1350,7 +1343,7 @@ def test_the_table_says_how_each_refusal_reads():
 def test_combinations(options, message, cure, n_groups, dtype, rng):
     """At construction and by an edit or a setter; the cure that is named cures."""
     whole = {key: value for key, value in options.items() if key in OPTIMIZER_OPTIONS}
-    own = {key: value for key, value in options.items() if key in GROUP_OPTIONS}
+    own = {key: value for key, value in options.items() if key in SGD_OPTIONS}
     params, grads = draw(rng, dtype), draw(rng, dtype)
 
     def given(**last):
@@ -1370,7 +1363,7 @@ def test_combinations(options, message, cure, n_groups, dtype, rng):
     with pytest.raises(ValueError) as raised:   # noqa: PT011 - compared in full
         opt.step(grads)
     assert str(raised.value) == prefix + message
-    opt.param_groups[-1].update({key: GROUP_OPTIONS[key] for key in own if key not in fixed},
+    opt.param_groups[-1].update({key: SGD_OPTIONS[key] for key in own if key not in fixed},
                                 momentum=0.5)
     assert contents(opt) == before
     opt.param_groups[-1].update(own)

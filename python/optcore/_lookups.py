@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from optcore.torch import SGD
+    from optcore.torch import _Optimizer
 
 # Optimizers that have stepped parameters by rows
-_optimizers: weakref.WeakSet[SGD] = weakref.WeakSet()
+_optimizers: weakref.WeakSet[_Optimizer] = weakref.WeakSet()
 _hooks: list[Any] = []      # the one, once there is such an optimizer
 
 
-def watch(opt: SGD) -> None:
+def watch(opt: _Optimizer) -> None:
     """Bring rows of an optimizer's parameters up to date before embedding layers read them."""
     _optimizers.add(opt)
     if not _hooks:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from optcore.arrays import check_saved, name_of_dtype, same_type, widen
-from optcore.groups import GROUP_KEYS
+from optcore.groups import OWN_KEYS
 from optcore.options import (
     CHOICES,
     GROUP_OPTIONS,
@@ -20,7 +20,7 @@ from optcore.options import (
 from optcore.structure import abridged
 
 if TYPE_CHECKING:
-    from optcore.sgd import SGD
+    from optcore.optimizer import Optimizer
 
 # 1 knew no schedule but lr's, which it saved as None; in 2 a group names those it has; 3 has the
 # options that 2 did not know, 4 those of half types and their masters, 5 that of rows.
@@ -30,22 +30,26 @@ NEW_SINCE = {
     "lazy": 5,
 }
 # As the optimizer was built; what a state holds is converted.
-LASTING = ("lr_in_velocity", "master", "velocity_dtype")
+STORAGE = ("master", "velocity_dtype")
+LASTING = ("lr_in_velocity", *STORAGE)
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
-def saved_group(group: Mapping[str, Any], first: int) -> dict[str, Any]:
+def saved_group(
+    group: Mapping[str, Any], first: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return a group as a state dictionary holds it, its parameters being numbered from `first`.
 
-    Numbers are Python's own; a schedule is None and named under ``"schedules"``.
+    Numbers are Python's own; a schedule is None and named under ``"schedules"``. `options` are
+    those that it has.
     """
     saved = {key: checked(key, value, key) if key in CHOICES else _plain(value)
              for key, value in group.items()}
     names = group["param_names"]
     saved["params"] = list(range(first, first + len(group["params"])))
     saved["param_names"] = None if names is None else list(names)
-    saved["schedules"] = [key for key in GROUP_OPTIONS if is_schedule(group[key])]
+    saved["schedules"] = [key for key in options if is_schedule(group[key])]
     return saved
 
 
@@ -57,7 +61,7 @@ def schedules_of(saved: Mapping[str, Any]) -> list[str]:
 
 def completed(saved: Mapping[str, Any], version: Any) -> dict[str, Any]:
     """Return a saved group with the defaults of options that its version did not know."""
-    added = {key: GROUP_OPTIONS[key] for key, since in NEW_SINCE.items() if version < since}
+    added = {key: GROUP_OPTIONS["sgd"][key] for key, since in NEW_SINCE.items() if version < since}
     return {**added, **saved}
 
 
@@ -72,7 +76,9 @@ class NotFound(NamedTuple):
 class State:
     """A state read and checked whole, before anything is taken over."""
 
-    def __init__(self, opt: SGD, state_dict: Mapping[str, Any], by_name: bool = False) -> None:
+    def __init__(
+        self, opt: Optimizer, state_dict: Mapping[str, Any], by_name: bool = False
+    ) -> None:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         for key in ("version", "step_count", "skipped", "param_groups", "state"):
@@ -187,7 +193,8 @@ class State:
         self, where: str, group: dict[str, Any], saved: Mapping[str, Any], own: range, by_name: bool
     ) -> dict[str, Any]:
         """Return the options that a group takes over, after checking its parameters."""
-        missing = [key for key in GROUP_KEYS if key not in saved]
+        options = self.opt._group_options
+        missing = [key for key in (*OWN_KEYS, *options) if key not in saved]
         if missing:
             raise KeyError(f"{where} must have all options, got none named {missing!r}")
         expected = list(own)
@@ -199,12 +206,10 @@ class State:
         names = saved["param_names"]
         if not isinstance(names, (list, tuple, type(None))):
             raise TypeError(f"{where}['param_names'] must be a list or None, got {names!r}")
-        if not isinstance(saved["lr_in_velocity"], (bool, np.bool_)):
-            raise TypeError(
-                f"{where}['lr_in_velocity'] must be True or False, "
-                f"got {saved['lr_in_velocity']!r}"
-            )
-        for key in CHOICES:
+        right = saved.get("lr_in_velocity", False)
+        if not isinstance(right, (bool, np.bool_)):
+            raise TypeError(f"{where}['lr_in_velocity'] must be True or False, got {right!r}")
+        for key in CHOICES.keys() & options.keys():
             checked(key, saved[key], f"{where}[{key!r}]")
         if not by_name and names is not None and group["param_names"] is not None and (
             tuple(names) != group["param_names"]
@@ -213,9 +218,9 @@ class State:
                 f"{where}['param_names'] must be {abridged(group['param_names'])}, "
                 f"got {abridged(names)}: load_state_dict(..., by_name=True) matches by names"
             )
-        kept = {key: group[key] for key in ("params", "param_names", *LASTING)}
+        kept = {key: group[key] for key in (*OWN_KEYS, *LASTING) if key in group}
         schedules = schedules_of(saved)
-        if not isinstance(schedules, (list, tuple)) or not set(schedules) <= set(GROUP_OPTIONS):
+        if not isinstance(schedules, (list, tuple)) or not set(schedules) <= set(options):
             raise ValueError(f"{where}['schedules'] must name options, got {schedules!r}")
         for key in schedules:
             if not is_schedule(group[key]):
@@ -230,7 +235,7 @@ class State:
         self, where: str, group: dict[str, Any], saved: Mapping[str, Any], options: dict[str, Any]
     ) -> Convert | None:
         """Return how to turn the saved velocities into this optimizer's convention, if need be."""
-        if bool(saved["lr_in_velocity"]) == bool(group["lr_in_velocity"]):
+        if bool(saved.get("lr_in_velocity")) == bool(group.get("lr_in_velocity")):
             return None
         lr = options["lr"]
         lr = checked("lr", lr(self.counts[0]) if is_schedule(lr) else lr, f"{where}['lr']")
@@ -272,7 +277,8 @@ class State:
         saved = states[i]
         where = f"state_dict['state'][{i}]"
         entry: dict[str, Any] = {}
-        keys = (*self.opt._state_names, "ema", "first_step")
+        numbers = self.opt._count_names
+        keys = (*self.opt._state_names, "ema", "first_step", *numbers)
         unknown = [key for key in saved if key not in (*keys, "param", "master")]
         if unknown:
             raise ValueError(
@@ -281,13 +287,15 @@ class State:
         for key in keys:
             if key not in saved:
                 raise KeyError(f"{where} must have a key {key!r}, got {list(saved)!r}")
-            if key != "first_step":
+            if key != "first_step" and key not in numbers:
                 entry[key] = check_saved(saved[key], param, f"{where}[{key!r}]")
         if not isinstance(saved["first_step"], (bool, np.bool_)):
             raise TypeError(
                 f"{where}['first_step'] must be True or False, got {saved['first_step']!r}"
             )
         entry["first_step"] = bool(saved["first_step"])
+        for key in numbers:
+            entry[key] = _saved_number(saved, key, where)
         average = entry["ema"]
         if (average is not None) != (self.opt.ema_decay is not None):
             raise ValueError(
@@ -354,6 +362,16 @@ def _plain(value: Any) -> Any:
         return None
     number = None if type(value) in (int, float) else plain_number(value)
     return value if number is None else number
+
+
+def _saved_number(saved: Mapping[str, Any], key: str, where: str) -> float:
+    """Return a parameter's count of steps, or a product of as many numbers below 1."""
+    if key == "step":
+        return saved_count(saved, key, where)
+    number = plain_number(saved[key])
+    if number is None or not 0 <= number <= 1:
+        raise ValueError(f"{where}[{key!r}] must be a number in [0, 1], got {saved[key]!r}")
+    return number
 
 
 def saved_count(saved: Mapping[str, Any], key: str, where: str) -> int:

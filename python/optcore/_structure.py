@@ -97,7 +97,8 @@ def given_groups(params: Any) -> tuple[list[Any], bool]:
 
 def options_in(params: Mapping[Any, Any]) -> list[str]:
     """Return the options among the keys of what should be parameters by name."""
-    return [key for key in GROUP_OPTIONS if key in params and not is_array(params[key])]
+    known = dict.fromkeys(key for options in GROUP_OPTIONS.values() for key in options)
+    return [key for key in known if key in params and not is_array(params[key])]
 
 
 def read_groups(params: Any, defaults: dict[str, Any]) -> tuple[list[Group], Nest | None]:

@@ -32,7 +32,8 @@ __all__ = ["ServerSGD"]
 
 NUMPYS = "numpy.ndarray"        # Flower's name for the bytes that numpy.save writes
 # With these options a step ends at the mean.
-MEAN = {**GROUP_OPTIONS, "lr": 1.0}
+SGD_OPTIONS = GROUP_OPTIONS["sgd"]
+MEAN = {**SGD_OPTIONS, "lr": 1.0}
 
 
 class _Form(NamedTuple):
@@ -143,7 +144,7 @@ class ServerSGD(FedAvg):
     ) -> None:
         if isinstance(averaged, str):
             raise TypeError(f"averaged must be several names, got {averaged!r}: give a list")
-        own = {name: options.pop(name) for name in (*GROUP_OPTIONS, *OPTIMIZER_OPTIONS)
+        own = {name: options.pop(name) for name in (*SGD_OPTIONS, *OPTIMIZER_OPTIONS)
                if name in options}
         SGD(np.zeros(1, np.float32), lr, **own)     # refuses now what the first round would
         super().__init__(**options)

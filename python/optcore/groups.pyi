@@ -1,4 +1,4 @@
 from optcore.options import GROUP_OPTIONS as GROUP_OPTIONS
 
-GROUP_KEYS: tuple[str, ...]
+OWN_KEYS: tuple[str, ...]
 GROUP_NOTES: tuple[str, ...]

@@ -30,6 +30,8 @@ from optcore import checkpoint
 from optcore._state import NotFound, State
 from optcore._structure import Group
 from optcore.arrays import has_nonzero, name_of_dtype, widen
+from optcore.groups import GROUP_NOTES, OWN_KEYS
+from optcore.optimizer import Optimizer
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
 from optcore.plan import BOUND, RUN
 from optcore.rows import Rows
@@ -40,6 +42,9 @@ __all__ = ["DataParallelSGD", "LocalSGD", "ShardedSGD"]
 
 # An error of one rank is raised on the others too; elsewhere classes may want other arguments.
 OWN_ERRORS = ("builtins", checkpoint.__name__)
+
+# Keys of groups that ranks may have each for themselves, or that are compared otherwise
+NO_OPTIONS = (*OWN_KEYS, *GROUP_NOTES)
 
 # Elements that one call hands to MPI. Its counts are C ints; half of what those hold, because
 # libraries add counts up in an int themselves.
@@ -253,27 +258,27 @@ def _param_lines(groups: list[dict[str, Any]], lent: Sequence[Any] | None) -> li
 
 def _group_lines(groups: list[dict[str, Any]]) -> list[str]:
     return [f"param_groups[{g}] with {name}={group[name]!r}"
-            for g, group in enumerate(groups) for name in GROUP_OPTIONS]
+            for g, group in enumerate(groups) for name in group if name not in NO_OPTIONS]
 
 
 def _numbers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the options of groups for comparison: ranks have different functions as schedules."""
     return [{name: "a schedule" if is_schedule(group[name]) else group[name]
-             for name in GROUP_OPTIONS} for group in groups]
+             for name in group if name not in NO_OPTIONS} for group in groups]
 
 
 def _refused(name: str, why: str) -> Callable[..., Any]:
     """Return what stands for a method of `optcore.SGD` that an optimizer here cannot have."""
     why = why.format(name=name)
 
-    def method(self: SGD, *arguments: Any, **options: Any) -> Any:
+    def method(self: Optimizer, *arguments: Any, **options: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no {name}(): {why}")
 
     method.__name__, method.__doc__ = name, f"Refuse: {why}."
     return method
 
 
-class _Distributed(SGD):
+class _Distributed(Optimizer):
     """What the optimizers share: agreement, the order of a step, and checkpoints."""
 
     __slots__ = ("_averaged", "_comm", "_flats", "_lags", "_packed")
@@ -290,7 +295,8 @@ class _Distributed(SGD):
         self._comm, self._lags = comm, False
 
         def build() -> tuple[None, list[str]]:
-            SGD.__init__(self, params, **options)
+            base: Any = super(_Distributed, self)   # the optimizer that this stands before
+            base.__init__(params, **options)
             decay = "a schedule" if is_schedule(self.ema_decay) else self.ema_decay
             return None, [*_param_lines(self._checking.param_groups, self._lent),
                           *_group_lines(_numbers(self.param_groups)), *self._own_lines(decay)]
@@ -341,7 +347,7 @@ class _Distributed(SGD):
         """Give `_own_params` the caller's values, where they are not the caller's memory."""
 
     @property
-    def _checking(self) -> SGD:
+    def _checking(self) -> Optimizer:
         """The plan over the caller's whole arrays, which knows what gradients must be."""
         raise NotImplementedError
 
@@ -524,41 +530,19 @@ class _Distributed(SGD):
         return _read_on_first(more["comm"], path)
 
 
-_PARAMETERS = """
-    Parameters
-    ----------
-    params : array, sequence or mapping of arrays, or list of group dictionaries
-        As for `optcore.SGD`, alike on every rank. They take rank 0's values, and so do velocities
-        that are given.
-    comm : mpi4py.MPI.Intracomm
-        The ranks that train together.
-    **options
-        Those of `optcore.SGD`, alike on every rank.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `optcore.SGD`, on all ranks where it is raised on one; ValueError also where ranks
-        differ in arrays, names or options.
-    """
-
-
-class DataParallelSGD(_Distributed):
-    """`optcore.SGD` on the mean of all ranks' gradients, with the state whole on every rank.
+class _DataParallel(_Distributed):
+    """Gradients are averaged over the ranks, the state is whole on every one.
 
     A step copies the gradients into one flat buffer a dtype, in float32 for half types, sums that
     over the ranks with Allreduce and steps with a scale of 1 / ranks. Ranks hold the same bits
     after every step: MPI gives them identical sums. Up to two ranks they are the bits of
-    `optcore.SGD.step_replicas`; beyond, MPI chooses the order of the sum.
+    `optcore.{base}.step_replicas`; beyond, MPI chooses the order of the sum.
 
     Rows are gathered by their indices: each rank steps those of all, one rank's after the other's.
     While steps have left some behind, ``state_dict`` is collective, as `catch_up` is.
     """
 
     __slots__ = ()
-
-    if __doc__:
-        __doc__ += _PARAMETERS
 
     def _build(self, groups: list[Group], nest: Nest | None, **options: Any) -> None:
         super()._build(groups, nest, **options)
@@ -598,7 +582,7 @@ class DataParallelSGD(_Distributed):
         self._start_alike(n)
 
     @property
-    def _checking(self) -> SGD:
+    def _checking(self) -> Optimizer:
         return self
 
     def _reduce(self, left_out: Container[int] = ()) -> None:
@@ -626,11 +610,12 @@ class DataParallelSGD(_Distributed):
                 return None, lines
             given = np.asarray(rows).ravel()
             # No row, or what it refuses: only checks
-            SGD.catch_up(self, key, given if given.dtype.kind not in "iu" else given[:0])
+            checked = given if given.dtype.kind not in "iu" else given[:0]
+            super(_DataParallel, self).catch_up(key, checked)
             return given.astype(np.int64), lines
 
         mine = _agree(self.comm, check)
-        SGD.catch_up(self, key, None if mine is None else _join(self.comm, [mine])[0])
+        super().catch_up(key, None if mine is None else _join(self.comm, [mine])[0])
         self._lags = self._lags and key is not None
 
     def _settle_rows(self) -> None:
@@ -643,15 +628,15 @@ class DataParallelSGD(_Distributed):
         return super()._snapshot(include_params, copies)
 
 
-class ShardedSGD(_Distributed):
-    """`optcore.SGD` on the mean of all ranks' gradients, with the state split over the ranks.
+class _Sharded(_Distributed):
+    """Gradients are averaged over the ranks, the state is split over them.
 
-    Velocity and averages take 1 / ranks of their memory on each (ZeRO, stage 1; Rajbhandari et
+    States and averages take 1 / ranks of their memory on each (ZeRO, stage 1; Rajbhandari et
     al., 2020). The parameters are laid end to end, a buffer a dtype, and cut into equal shards,
     between runs of 256 elements of each; a step sums the gradients with Reduce_scatter, steps this
     rank's shard where it lies in the parameters, and collects the shards with Allgather, those of
     half types as they are. Noise is drawn as for whole parameters, and these have the bits of
-    `DataParallelSGD` where MPI adds up in the same order and ``max_norm`` does not act: the norm
+    `DataParallel{base}` where MPI adds up in the same order and ``max_norm`` does not act: the norm
     is a sum over shards.
 
     ``param_groups[g]["params"]`` are this rank's parts, one for each parameter, many of them
@@ -659,9 +644,6 @@ class ShardedSGD(_Distributed):
     """
 
     __slots__ = ("_sums", "_whole")
-
-    if __doc__:
-        __doc__ += _PARAMETERS
 
     def _build(
         self, groups: list[Group], nest: Nest | None, *, grads: Any = None, velocities: Any = None,
@@ -675,7 +657,7 @@ class ShardedSGD(_Distributed):
         self._whole = SGD.__new__(SGD)      # without a velocity: it checks and never steps
         self._whole._build([
             group._replace(options={
-                **GROUP_OPTIONS, "lr": 0.0, "master": None, "lazy": "rows",
+                **GROUP_OPTIONS["sgd"], "lr": 0.0, "master": None, "lazy": "rows",
                 **{key: group.options[key] for key in ("params", "param_names")},
             }) for group in groups
         ], nest, options={}, grads=grads)
@@ -704,7 +686,7 @@ class ShardedSGD(_Distributed):
         "catch_up", "it cuts parameters within rows and takes no Rows; DataParallelSGD does")
 
     @property
-    def _checking(self) -> SGD:
+    def _checking(self) -> Optimizer:
         return self._whole
 
     @property
@@ -753,7 +735,7 @@ class ShardedSGD(_Distributed):
 
     def _snapshot(self, include_params: bool = False, copies: bool = False) -> dict[str, Any]:
         def check() -> tuple[dict[str, Any], list[str]]:
-            copied = super(ShardedSGD, self)._snapshot(include_params, copies)
+            copied = super(_Sharded, self)._snapshot(include_params, copies)
             return copied, [f"step {copied['step_count']}", *(
                 f"{'no ' if value is None else ''}{key}"
                 for key, value in copied["state"][0].items()
@@ -798,6 +780,49 @@ class ShardedSGD(_Distributed):
         self._collect(self._own_params, self._whole_params)
 
 
+_PARAMETERS = """
+    Parameters
+    ----------
+    params : array, sequence or mapping of arrays, or list of group dictionaries
+        As for `optcore.{base}`, alike on every rank. They take rank 0's values, and so do
+        velocities that are given.
+    comm : mpi4py.MPI.Intracomm
+        The ranks that train together.
+    **options
+        Those of `optcore.{base}`, alike on every rank.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `optcore.{base}`, on all ranks where it is raised on one; ValueError also where ranks
+        differ in arrays, names or options.
+    """
+
+
+def _document(kind: type[_Distributed]) -> None:
+    """Put into a class's text that of what it is made of."""
+    way, base = kind.__bases__
+    if way.__doc__ and kind.__doc__:        # there is none under python -OO
+        text = way.__doc__[way.__doc__.index("\n"):].rstrip(" ") + _PARAMETERS
+        kind.__doc__ += text.replace("{base}", base.__name__)
+
+
+class DataParallelSGD(_DataParallel, SGD):
+    """`optcore.SGD` on the mean of all ranks' gradients, with the state whole on every rank."""
+
+    __slots__ = ()
+
+
+class ShardedSGD(_Sharded, SGD):
+    """`optcore.SGD` on the mean of all ranks' gradients, with the state split over the ranks."""
+
+    __slots__ = ()
+
+
+for _kind in (DataParallelSGD, ShardedSGD):
+    _document(_kind)
+
+
 class LocalSGD(ShardedSGD):
     """Steps of each rank alone, then an outer step towards the mean of all ranks' parameters.
 
@@ -823,7 +848,7 @@ class LocalSGD(ShardedSGD):
         afterwards counts as steps of this rank.
     comm : mpi4py.MPI.Intracomm
         The ranks that train together.
-    inner : optcore.SGD, optional
+    inner : optimizer of optcore's, optional
         Steps the same arrays with this rank's gradients; it may have options of its own on each
         rank, and its state stays there. Left out where something else steps them between calls of
         `sync`.
@@ -847,7 +872,7 @@ class LocalSGD(ShardedSGD):
     __slots__ = ("_inner", "_inner_steps", "_sync_every")
 
     def __init__(
-        self, params: Any, comm: MPI.Intracomm, *, inner: SGD | None = None,
+        self, params: Any, comm: MPI.Intracomm, *, inner: Optimizer | None = None,
         sync_every: int | None = None, **options: Any,
     ) -> None:
         self._inner, self._sync_every, self._inner_steps = inner, sync_every, 0
@@ -870,10 +895,10 @@ class LocalSGD(ShardedSGD):
                 )
             return
         # Others share out their steps themselves, which step() would pass by.
-        if not isinstance(inner, SGD) or type(inner).step is not SGD.step:
+        if not isinstance(inner, Optimizer) or type(inner).step is not Optimizer.step:
             raise TypeError(
-                f"inner must be an optcore.SGD, got {type(inner).__name__}: leave it out, step the "
-                "parameters and call sync()"
+                f"inner must be an optimizer of optcore's, got {type(inner).__name__}: leave it "
+                "out, step the parameters and call sync()"
             )
         if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
             raise ValueError(f"sync_every must be a whole number >= 1, got {every!r}")
@@ -900,7 +925,7 @@ class LocalSGD(ShardedSGD):
     catch_up = _refused("catch_up", INNER)
 
     @property
-    def inner(self) -> SGD | None:
+    def inner(self) -> Optimizer | None:
         """The optimizer of this rank's own steps."""
         return self._inner
 

@@ -7,6 +7,7 @@ class Option(NamedTuple):
     holder: str
     refused: int
     offset: int
+    families: tuple[str, ...]
 
 GROUP: str
 CALL: str
@@ -15,11 +16,13 @@ RANGES: dict[int, str]
 CHOICES: dict[str, tuple[str | None, ...]]
 REFUSALS: dict[int, str]
 OPTIONS: dict[str, Option]
-GROUP_OPTIONS: dict[str, Any]
+FAMILIES: tuple[str, ...]
+MOVING: tuple[str, ...]
+GROUP_OPTIONS: dict[str, dict[str, Any]]
 OPTIMIZER_OPTIONS: dict[str, Any]
 KERNEL_OPTIONS: dict[str, Option]
 
-def defaults_of(holder: str) -> dict[str, Any]: ...
+def defaults_of(holder: str, family: str) -> dict[str, Any]: ...
 def plain_number(value: object) -> float | None: ...
 def is_schedule(value: object) -> bool: ...
 def checked(option: str, value: object, name: str) -> Any: ...

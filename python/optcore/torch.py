@@ -1,4 +1,4 @@
-"""``optcore.torch.SGD``: ``torch.optim.SGD`` on optcore's plan.
+"""``optcore.torch``: the optimizers of ``torch.optim`` on optcore's plan.
 
 The plan steps on the tensors' own memory, parameters' and velocities'. It is a cache: all that
 must survive it stands where PyTorch keeps such things, in `param_groups` and `state`, and it is
@@ -22,16 +22,15 @@ import numpy as np
 
 import optcore
 from optcore import _lookups
-from optcore._state import saved_count
-from optcore.arrays import is_bfloat16
+from optcore._state import STORAGE, saved_count
+from optcore.arrays import bfloat16, is_bfloat16
 from optcore.groups import GROUP_NOTES
+from optcore.optimizer import Optimizer, SGDOptions
 from optcore.options import CHOICES, GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked
 from optcore.pieces import Stepping
-from optcore.sgd import GroupOptions
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
 SWITCHED_OFF = {"foreach": None, "fused": None, "differentiable": False, "capturable": False}
-GROUP_KEYS = {"params", "param_names", *GROUP_OPTIONS, *SWITCHED_OFF, *GROUP_NOTES}
 # Of the whole optimizer. The norm is measured for max_norm alone.
 OWN_OPTIONS = tuple(name for name in OPTIMIZER_OPTIONS if name != "track_grad_norm")
 # What PyTorch keeps in an optimizer under public names.
@@ -40,6 +39,20 @@ PLAIN = {torch.Tensor, torch.nn.Parameter}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What `state` has of the plan's masters, by their dtype: a float32 copy, or its low halves.
 MASTER_KEYS = {np.dtype(np.float32): "master", np.dtype(np.uint16): "low_bits"}
+MASTER_AND_AVERAGE = {*MASTER_KEYS.values(), "ema"}
+# What PyTorch calls a state otherwise, and the options that say how states are stored
+STATE_KEYS = {"velocity": "momentum_buffer", "square_sum": "sum"}
+STATE_DTYPES = {"velocity_dtype", "state_dtype"}
+# Options by which a rule has more states or others
+SWITCHES = ("lr_in_velocity", "centered", "amsgrad")
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's memory as the plan takes it."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16).view(bfloat16)
+    return tensor.numpy()
 
 
 class _Uncast:
@@ -61,24 +74,6 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.requires_grad:
         raise ValueError(f"{name} must not require grad: a step cannot be differentiated")
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a group's options as the plan takes them."""
-    for key in group.keys() - GROUP_KEYS:
-        raise TypeError(
-            f"unknown option {key!r} in a group: groups have {', '.join(GROUP_OPTIONS)}; "
-            f"SGD(...) has {', '.join(OWN_OPTIONS)}"
-        )
-    for key in SWITCHED_OFF:
-        if group.get(key):
-            raise ValueError(f"{key} must be None or False, got {group[key]!r}: not supported")
-    for key in GROUP_OPTIONS.keys() - group.keys():
-        raise KeyError(f"option {key!r} is missing in a group")
-    options = {key: _number(key, group[key]) for key in GROUP_OPTIONS}
-    if options["momentum"] == 0:
-        options["dampening"] = 0.0      # which PyTorch ignores there and optcore.SGD refuses
-    return options
 
 
 def _local(tensor: Any) -> Any:
@@ -104,18 +99,21 @@ class _Owner(NamedTuple):
     label: str
     place: Any
 
-    @property
-    def velocity_key(self) -> str:
-        """Under which key `state` has its velocity: PyTorch's, in its own convention only."""
-        return "velocity" if self.group["lr_in_velocity"] else "momentum_buffer"
+    def key_of(self, name: str) -> str:
+        """Under which key `state` has a state: PyTorch's, a velocity in its convention only."""
+        if name == "velocity" and self.group["lr_in_velocity"]:
+            return name
+        return STATE_KEYS.get(name, name)
 
     def dtype_of(self, key: str) -> torch.dtype:
         """In which dtype `state` has an entry."""
         if key == "low_bits":
             return torch.int16
-        narrow = _number("velocity_dtype", self.group["velocity_dtype"]) == "bfloat16"
-        if key == self.velocity_key and narrow:
-            return torch.bfloat16
+        for option in STATE_DTYPES & self.group.keys():
+            if key not in MASTER_AND_AVERAGE and (
+                _number(option, self.group[option]) == "bfloat16"
+            ):
+                return torch.bfloat16
         return torch.float64 if self.param.dtype == torch.float64 else torch.float32
 
     def turned(self, tensor: torch.Tensor) -> Any:
@@ -209,7 +207,7 @@ def _owned(param: Any, group: dict[str, Any], label: str) -> tuple[_Owner, torch
     return owner, owner.turned(local)
 
 
-def _on_gradient(ref: weakref.ref[SGD]) -> Callable[[Any], None]:
+def _on_gradient(ref: weakref.ref[_Optimizer]) -> Callable[[Any], None]:
     """Return the hook that steps a parameter, but keeps no optimizer alive."""
     def hook(param: Any) -> None:
         opt = ref()
@@ -219,7 +217,7 @@ def _on_gradient(ref: weakref.ref[SGD]) -> Callable[[Any], None]:
     return hook
 
 
-def _on_bucket(ref: weakref.ref[SGD]) -> Callable[[Any, Any], Any]:
+def _on_bucket(ref: weakref.ref[_Optimizer]) -> Callable[[Any, Any], Any]:
     """Return the hook by which DistributedDataParallel averages a bucket and has it stepped."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -258,94 +256,21 @@ def _own_option(name: str) -> Any:
     )
 
 
-class SGD(torch.optim.Optimizer, GroupOptions):
-    """``torch.optim.SGD`` in one fused pass over tensors on the CPU.
+class _Optimizer(torch.optim.Optimizer):
+    """What all of them do; each has a class of optcore's, and its options and states by name."""
 
-    Parameters
-    ----------
-    params : iterable of tensors, of (name, tensor) pairs, or of group dictionaries
-        As ``torch.optim.SGD`` takes them. Tensors are dense, float32, float64, bfloat16 or
-        float16, and updated in place, of a DTensor the part on this rank; the half types are
-        stepped in float32. Lazy parameters join when they are materialised.
-    lr : float or one-element tensor >= 0, default 1e-3
-        Learning rate*.
-    momentum : float in [0, 1), default 0
-        ρ*.
-    dampening : float in [0, 1), default 0
-        τ*; without effect where momentum is 0, as in PyTorch.
-    weight_decay : float >= 0, default 0
-        λ*.
-    nesterov : bool, default False
-        Nesterov momentum*; needs momentum and no dampening.
-    maximize : bool, default False
-        Follow the gradient upwards*.
-    foreach, differentiable, fused : None or False
-        Taken for compatibility; True is refused, for there is one way to run, and a step cannot
-        be differentiated.
-    decoupled_weight_decay, lr_in_velocity, clip_value, dampen_first, flush_subnormals
-        As in `optcore.SGD`, each with a star.
-    max_norm, skip_nonfinite
-        As in `optcore.SGD`, over the parameters of all groups; refused with DTensors.
-    ema_decay : float in [0, 1), optional
-        As in `optcore.SGD`, but no callable; the averages are in ``state[param]["ema"]``.
-    master : {"auto", "split", "float32"} or None, default "auto"
-        As in `optcore.SGD`, with a star. What is kept of a half parameter's float32 is, from its
-        first gradient on, in its state: ``"low_bits"``, int16, for split, ``"master"``, float32.
-    rounding : {"stochastic", "nearest"}, default "stochastic"
-        As in `optcore.SGD`, with a star.
-    velocity_dtype : {"float32", "bfloat16"}, a dtype of those names or None, default None
-        As in `optcore.SGD`, with a star: None is float32 for half parameters, too.
-    lazy : {"exact", "rows"}, default "exact"
-        As in `optcore.SGD`, with a star, for sparse gradients (``Embedding(sparse=True)``). With
-        "exact" rows are brought up to date when an ``Embedding`` or ``EmbeddingBag`` is about to
-        read them, when they are stepped, for state dictionaries, and by `catch_up`.
-    seed : int in [0, 2**64), default 0
-        As in `optcore.SGD`.
-    step_in_backward : bool or DistributedDataParallel, default False
-        Step each parameter inside ``backward()``, as soon as it has its gradient, and free that;
-        ``step()`` then steps what else has a gradient and ends the step. Parameters of a
-        DistributedDataParallel model need the model itself here, since their gradients must be
-        averaged first.
-
-    Attributes
-    ----------
-    lr, momentum, …, max_norm, skip_nonfinite, ema_decay, seed
-        Every option, to be read and set between steps; those with a star over all groups.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For what is not supported or out of range. Parameters on a GPU, sparse, complex, negated or
-        of another dtype are refused, naming the parameter where names were given. `master` and
-        `velocity_dtype` stay as the optimizer was built. With `step_in_backward`, `max_norm` and
-        `skip_nonfinite`, which need all gradients before the first parameter is stepped.
-    RuntimeError
-        With `step_in_backward`, from ``backward()``, for a second gradient of a parameter that is
-        stepped already; from ``step()`` under a GradScaler; and for what changes, saves or copies
-        the optimizer between ``backward()`` and ``step()``.
-
-    Notes
-    -----
-    An option that bears a star may stand in a group and be edited between steps. Keys and
-    attributes that nobody would read are refused.
-
-    ``state[param]["momentum_buffer"]`` is the velocity itself, not a copy, and appears with the
-    parameter's first gradient; a tensor put there is stepped itself. Under ``lr_in_velocity`` it is
-    called ``"velocity"``, since no other optimizer could go on from it.
-
-    Examples
-    --------
-    >>> import torch, optcore.torch
-    >>> model = torch.nn.Linear(3, 1)
-    >>> opt = optcore.torch.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    >>> model(torch.ones(2, 3)).sum().backward()
-    >>> opt.step()
-    """
+    _core: type[Optimizer]
+    # Of groups, with what stands for an option that a group does not have
+    _group_options: dict[str, Any]
+    # Keys that tell a state of PyTorch's class of that name
+    _own_keys: frozenset[str]
+    # Of `state`, numbers of a parameter's steps
+    _count_keys: tuple[str, ...] = ()
 
     # GradScaler then leaves unscaling and skipping to step(), by `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 
-    _plan: optcore.SGD | None = None
+    _plan: Optimizer | None = None
     _complete = False       # whether the constructor's groups are all there
     _skipped = 0
     _applied = 0            # steps, which noise is counted by
@@ -355,49 +280,46 @@ class SGD(torch.optim.Optimizer, GroupOptions):
     _histories: list[Any] | None = None     # of a copy's rows, until it has a plan
     _piece: Stepping | None = None      # the step that backward() has begun
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | torch.Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | torch.Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_in_velocity: bool = False,
-        clip_value: float | None = None,
-        dampen_first: bool = False,
-        flush_subnormals: bool = False,
-        max_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        ema_decay: float | None = None,
-        master: str | None = "auto",
-        rounding: str = "stochastic",
-        velocity_dtype: Any = None,
-        lazy: str = "exact",
-        seed: int = 0,
-        step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
-    ) -> None:
-        given = locals()
+    def _start(self, given: Mapping[str, Any]) -> None:
+        """Build from the arguments of the constructor by their names."""
+        step_in_backward = given["step_in_backward"]
         self._own = {name: given[name] for name in OWN_OPTIONS}
         self._in_backward = step_in_backward is not False
         if not isinstance(step_in_backward, bool):
             _check_replicated(step_in_backward)
             self._replicas = step_in_backward
         self._begin()
-        super().__init__(params, {
-            name: given[name] for name in (*GROUP_OPTIONS, *SWITCHED_OFF) if name in given
+        super().__init__(given["params"], {
+            name: given[name] for name in (*self._group_options, *SWITCHED_OFF) if name in given
         })
         self._complete = True
         self._build()
         if self._replicas is not None:
             self._replicas.register_comm_hook(
                 self._replicas.process_group, _on_bucket(weakref.ref(self)))
+
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a group's options as the plan takes them."""
+        known = {"params", "param_names", *self._group_options, *SWITCHED_OFF, *GROUP_NOTES}
+        for key in group.keys() - known:
+            raise TypeError(
+                f"unknown option {key!r} in a group: groups have "
+                f"{', '.join(self._group_options)}; "
+                f"{type(self).__name__}(...) has {', '.join(OWN_OPTIONS)}"
+            )
+        for key in SWITCHED_OFF:
+            if group.get(key):
+                raise ValueError(f"{key} must be None or False, got {group[key]!r}: not supported")
+        for key in self._group_options.keys() - group.keys():
+            raise KeyError(f"option {key!r} is missing in a group")
+        options = {key: _number(key, value) for key, value in self._spelled(group).items()}
+        if options.get("momentum") == 0 and "dampening" in options:
+            options["dampening"] = 0.0      # which PyTorch ignores there and optcore.SGD refuses
+        return options
+
+    def _spelled(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a group's options by the names that the plan has for them."""
+        return {key: group[key] for key in self._group_options}
 
     @property
     def skipped(self) -> int:
@@ -429,10 +351,13 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what nobody would read; private names are PyTorch's and its friends'."""
-        if type(self) is SGD and not (
-            name.startswith("_") or name in TORCH_ATTRIBUTES or hasattr(SGD, name)
+        kind = type(self)
+        if kind.__module__ == __name__ and not (
+            name.startswith("_") or name in TORCH_ATTRIBUTES or hasattr(kind, name)
         ):
-            raise AttributeError(f"optcore.torch.SGD has no attribute and no option {name!r}")
+            raise AttributeError(
+                f"optcore.torch.{kind.__name__} has no attribute and no option {name!r}"
+            )
         super().__setattr__(name, value)
 
     @contextlib.contextmanager
@@ -563,12 +488,14 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         groups, state = [], {}
         pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)
         for g, (own, saved) in enumerate(pairs):
-            for key in {"lr", "momentum", "dampening", "weight_decay"} - saved.keys():
-                raise KeyError(f"state_dict['param_groups'] must have SGD's {key!r}")
+            for key in self._own_keys - saved.keys():
+                raise KeyError(
+                    f"state_dict['param_groups'] must have {type(self).__name__}'s {key!r}"
+                )
             group = {
-                **{key: own[key] for key in GROUP_OPTIONS}, **saved,
+                **{key: own[key] for key in self._group_options}, **saved,
                 **{key: SWITCHED_OFF[key] for key in SWITCHED_OFF if key in saved},
-                **{key: own[key] for key in ("master", "velocity_dtype")},
+                **{key: own[key] for key in STORAGE if key in own},
             }
             if "step_count" in group:
                 self._applied = saved_count(
@@ -656,7 +583,7 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
     # Sparse gradients
 
-    def _watch_rows(self, plan: optcore.SGD) -> None:
+    def _watch_rows(self, plan: Optimizer) -> None:
         """Have embedding layers say what they read, once rows may be behind."""
         if plan._has_histories:
             _lookups.watch(self)
@@ -840,14 +767,14 @@ class SGD(torch.optim.Optimizer, GroupOptions):
 
     # The plan
 
-    def _current_plan(self) -> optcore.SGD | None:
+    def _current_plan(self) -> Optimizer | None:
         """Return a plan for the tensors, the state and the options as they are now."""
         if self._plan is None or self._seen != self._look():
             self._build()
         plan = self._plan
         if plan is not None:
             for mine, group in zip(plan.param_groups, self.param_groups, strict=True):
-                options = _options(group)
+                options = self._options(group)
                 # An object that stays spares the plan from reading its group again.
                 mine.update({
                     key: value for key, value in options.items()
@@ -879,12 +806,13 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         """Return what the plan was built for, to be compared."""
         seen: list[Any] = []
         for group in self.param_groups:
-            seen += bool(group.get("momentum")), group.get("lr_in_velocity")
+            # what states there are
+            seen += bool(group.get("momentum")), *map(group.get, SWITCHES)
             for param in group["params"]:
                 seen += id(param), _place(param), self._in_backward and param.requires_grad
         for param, entry in self.state.items():
             for key, held in entry.items():
-                seen += id(param), key, _place(held)
+                seen += id(param), key, id(held) if key in self._count_keys else _place(held)
         return seen
 
     def _build(self, *, loaded: bool = False) -> None:
@@ -910,26 +838,37 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                 self._owners.append(owner)
                 params.append(stepped)
             own_names = group["param_names"] if names else None
-            groups.append({**_options(group), "params": params, "param_names": own_names})
+            groups.append({**self._options(group), "params": params, "param_names": own_names})
         options = self._own_numbers()
         if not self._owners:
             return
         ema_decay = options.pop("ema_decay")
-        velocities: list[Any] = [None] * len(self._owners)
+        plan = self._core(groups, **options)
+        used, counts = plan._states_in_use, self._counts_of(plan)
+        states: dict[str, list[Any]] = {
+            name: [None] * len(self._owners) for name in plan._state_names}
         masters: list[tuple[int, dict[str, Any], str, Any]] = []
         entries: list[dict[str, Any]] = [{"first_step": True} for _ in self._owners]
         changed: list[tuple[dict[str, Any], str, torch.Tensor | None]] = []
         for i, owner in enumerate(self._owners):
             lazy = torch.nn.parameter.is_lazy(owner.param)
             held = {} if lazy else self.state.get(owner.param, {})
+            names = {owner.key_of(name): name for name in plan._state_names}
+            for key in self._count_keys if any(key in names for key in held) else ():
+                changed.append((held, key, counts[key][i]))
+            if "step" in self._count_keys:
+                entries[i].update(self._count_in(held, f"state[{i}]", groups, i))
             for key, old in held.items():
                 where = f"state[{i}][{key!r}]"
-                if key not in {owner.velocity_key, *MASTER_KEYS.values()} and (
+                if key in self._count_keys:
+                    continue
+                if key not in {*names, *MASTER_KEYS.values()} and (
                     key != "ema" or ema_decay is None
                 ):
+                    convention = owner.group.get("lr_in_velocity")
                     raise ValueError(
-                        f"{where} is nothing to go on from with ema_decay={ema_decay!r} and "
-                        f"lr_in_velocity={owner.group['lr_in_velocity']!r}"
+                        f"{where} is nothing to go on from with ema_decay={ema_decay!r}"
+                        + ("" if convention is None else f" and lr_in_velocity={convention!r}")
                     )
                 if old is None:
                     continue
@@ -942,13 +881,15 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                     changed.append((held, key, tensor))
                 if key == "ema":
                     entries[i]["ema"] = owner.turned(tensor).detach().numpy()
-                elif key == owner.velocity_key:
-                    velocities[i] = owner.turned(tensor) if owner.group["momentum"] else None
+                elif key in names:
+                    if names[key] in used[i]:
+                        states[names[key]][i] = _as_array(owner.turned(tensor))
                     entries[i]["first_step"] = False
                 else:
                     masters.append((i, held, key, owner.turned(tensor).detach().numpy()))
-        moving = any(group["momentum"] for group in groups)
-        plan = optcore.SGD(groups, velocities=velocities if moving else None, **options)
+        for name, arrays in states.items():
+            if any(array is not None for array in arrays):
+                plan._lend_states(name, arrays)
         lent: list[Any] = [None] * len(self._owners)
         for i, held, key, array in masters:
             owner, own = self._owners[i], plan._masters[i]
@@ -985,8 +926,8 @@ class SGD(torch.optim.Optimizer, GroupOptions):
                 if not torch.nn.parameter.is_lazy(owner.param):
                     self.state[owner.param]["ema"] = owner.lent(entry["ema"])
         self._waiting = [
-            i for i, owner in enumerate(self._owners)
-            if (velocities[i] is None and owner.group["momentum"])
+            i for i in range(len(self._owners))
+            if any(states[name][i] is None for name in used[i])
             or (lent[i] is None and plan._masters[i] is not None)
         ]
         self._places = {owner.param: i for i, owner in enumerate(self._owners)}
@@ -994,16 +935,157 @@ class SGD(torch.optim.Optimizer, GroupOptions):
         self._seen = self._look()
         self._plan = plan
 
-    def _publish(self, plan: optcore.SGD, started: list[int]) -> None:
+    def _counts_of(self, plan: Optimizer) -> dict[str, torch.Tensor]:
+        """Return the plan's numbers of steps, one a parameter, under the keys of `state`."""
+        if plan._count_array is None:
+            return {}
+        columns = torch.from_numpy(plan._count_array).unbind(1)
+        return dict(zip(self._count_keys, columns, strict=False))
+
+    def _count_in(
+        self, held: Mapping[str, Any], where: str, groups: list[dict[str, Any]], i: int
+    ) -> dict[str, Any]:
+        """Return what the plan has of a parameter's steps, as `state` has it.
+
+        PyTorch keeps their number alone, to which the group's betas are raised.
+        """
+        step = held.get("step", 0)
+        step = saved_count({"step": step.item() if isinstance(step, torch.Tensor) else step},
+                           "step", where)
+        return {"step": step}
+
+    def _publish(self, plan: Optimizer, started: list[int]) -> None:
         """Put into `state` what a first gradient has brought into use."""
         entries, masters = plan._state, plan._masters
+        used, counts = plan._states_in_use, self._counts_of(plan)
         for i in started:
             owner = self._owners[i]
             held = self.state[owner.param]
-            if owner.group["momentum"] and held.get(owner.velocity_key) is None:
-                held[owner.velocity_key] = owner.lent(entries[i]["velocity"])
+            held.update({key: of_all[i] for key, of_all in counts.items()})
+            for name in used[i]:
+                if held.get(owner.key_of(name)) is None:
+                    held[owner.key_of(name)] = owner.lent(entries[i][name])
             master = masters[i]
             if master is not None and held.get(MASTER_KEYS[master.dtype]) is None:
                 held[MASTER_KEYS[master.dtype]] = owner.lent(master)
         self._waiting = [i for i in self._waiting if i not in started]
         self._seen = self._look()
+
+
+class SGD(_Optimizer, SGDOptions):
+    """``torch.optim.SGD`` in one fused pass over tensors on the CPU.
+
+    Parameters
+    ----------
+    params : iterable of tensors, of (name, tensor) pairs, or of group dictionaries
+        As ``torch.optim.SGD`` takes them. Tensors are dense, float32, float64, bfloat16 or
+        float16, and updated in place, of a DTensor the part on this rank; the half types are
+        stepped in float32. Lazy parameters join when they are materialised.
+    lr : float or one-element tensor >= 0, default 1e-3
+        Learning rate*.
+    momentum : float in [0, 1), default 0
+        ρ*.
+    dampening : float in [0, 1), default 0
+        τ*; without effect where momentum is 0, as in PyTorch.
+    weight_decay : float >= 0, default 0
+        λ*.
+    nesterov : bool, default False
+        Nesterov momentum*; needs momentum and no dampening.
+    maximize : bool, default False
+        Follow the gradient upwards*.
+    foreach, differentiable, fused : None or False
+        Taken for compatibility; True is refused, for there is one way to run, and a step cannot
+        be differentiated.
+    decoupled_weight_decay, lr_in_velocity, clip_value, dampen_first, flush_subnormals
+        As in `optcore.SGD`, each with a star.
+    max_norm, skip_nonfinite
+        As in `optcore.SGD`, over the parameters of all groups; refused with DTensors.
+    ema_decay : float in [0, 1), optional
+        As in `optcore.SGD`, but no callable; the averages are in ``state[param]["ema"]``.
+    master : {"auto", "split", "float32"} or None, default "auto"
+        As in `optcore.SGD`, with a star. What is kept of a half parameter's float32 is, from its
+        first gradient on, in its state: ``"low_bits"``, int16, for split, ``"master"``, float32.
+    rounding : {"stochastic", "nearest"}, default "stochastic"
+        As in `optcore.SGD`, with a star.
+    velocity_dtype : {"float32", "bfloat16"}, a dtype of those names or None, default None
+        As in `optcore.SGD`, with a star: None is float32 for half parameters, too.
+    lazy : {"exact", "rows"}, default "exact"
+        As in `optcore.SGD`, with a star, for sparse gradients (``Embedding(sparse=True)``). With
+        "exact" rows are brought up to date when an ``Embedding`` or ``EmbeddingBag`` is about to
+        read them, when they are stepped, for state dictionaries, and by `catch_up`.
+    seed : int in [0, 2**64), default 0
+        As in `optcore.SGD`.
+    step_in_backward : bool or DistributedDataParallel, default False
+        Step each parameter inside ``backward()``, as soon as it has its gradient, and free that;
+        ``step()`` then steps what else has a gradient and ends the step. Parameters of a
+        DistributedDataParallel model need the model itself here, since their gradients must be
+        averaged first.
+
+    Attributes
+    ----------
+    lr, momentum, …, max_norm, skip_nonfinite, ema_decay, seed
+        Every option, to be read and set between steps; those with a star over all groups.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is not supported or out of range. Parameters on a GPU, sparse, complex, negated or
+        of another dtype are refused, naming the parameter where names were given. `master` and
+        `velocity_dtype` stay as the optimizer was built. With `step_in_backward`, `max_norm` and
+        `skip_nonfinite`, which need all gradients before the first parameter is stepped.
+    RuntimeError
+        With `step_in_backward`, from ``backward()``, for a second gradient of a parameter that is
+        stepped already; from ``step()`` under a GradScaler; and for what changes, saves or copies
+        the optimizer between ``backward()`` and ``step()``.
+
+    Notes
+    -----
+    An option that bears a star may stand in a group and be edited between steps. Keys and
+    attributes that nobody would read are refused.
+
+    ``state[param]["momentum_buffer"]`` is the velocity itself, not a copy, and appears with the
+    parameter's first gradient; a tensor put there is stepped itself. Under ``lr_in_velocity`` it is
+    called ``"velocity"``, since no other optimizer could go on from it.
+
+    Examples
+    --------
+    >>> import torch, optcore.torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> opt = optcore.torch.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> model(torch.ones(2, 3)).sum().backward()
+    >>> opt.step()
+    """
+
+    _core = optcore.SGD
+    _group_options = GROUP_OPTIONS["sgd"]
+    _own_keys = frozenset({"lr", "momentum", "dampening", "weight_decay"})
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | torch.Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        lr_in_velocity: bool = False,
+        clip_value: float | None = None,
+        dampen_first: bool = False,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        velocity_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
+    ) -> None:
+        self._start(locals())
