@@ -29,11 +29,12 @@ NO_FAST_MATH = ["-fno-fast-math", "-fno-unsafe-math-optimizations"]
 # the bits would depend on the CPU. MSVC's /fp:precise does the same for its baseline.
 # -funroll-loops: GCC leaves a vector an iteration otherwise, and the loop's own instructions
 # are felt where a core is shared.
+# -fno-math-errno: a root of what is negative sets errno otherwise, for which it is taken one by one.
 # -fno-tree-loop-distribute-patterns: of a loop that copies one array to four GCC makes four calls
 # of memcpy, which for blocks of a hundred elements take a tenth of a step.
 FLAGS = {
     "msvc": ["/fp:precise"],    # and setuptools' own /O2, or /Od for `build_ext --debug`
-    "unix": [*NO_FAST_MATH, "-ffp-contract=off", "-funroll-loops",
+    "unix": [*NO_FAST_MATH, "-ffp-contract=off", "-funroll-loops", "-fno-math-errno",
              "-fno-tree-loop-distribute-patterns"],
 }
 # -pthread: for pthread_atfork, where OpenMP does not bring it and the C library is old

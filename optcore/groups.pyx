@@ -14,7 +14,6 @@ from optcore.options cimport (
     FLAG,
     FLOAT32_MASTER,
     SPLIT_MASTER,
-    STATE_AS_STEPPED,
     Options,
     as_schedule,
     check_options,
@@ -26,7 +25,7 @@ from optcore.options cimport (
     take_row,
     value_of,
 )
-from optcore.rules cimport MOMENTUM, NESTEROV, RULE_ROWS, SGD, Rule
+from optcore.rules cimport MOMENTUM, NESTEROV, RULE_ROWS, SGD, Rule, corrects_bias
 from optcore.structure cimport same_items
 
 from optcore.options import GROUP_OPTIONS
@@ -112,14 +111,14 @@ cdef class Groups:
                 f"{self.prefix(g)}lr_in_velocity must stay as the optimizer was built: "
                 "load_state_dict() converts between the conventions"
             )
-        if now.master == built.master and now.velocity_dtype == built.velocity_dtype:
-            return 0
-        name = "velocity_dtype" if now.master == built.master else "master"
-        raise ValueError(
-            f"{self.prefix(g)}{name} must stay as the optimizer was built, "
-            f"{value_of(built, row_named(name))!r}, got {value_of(now, row_named(name))!r}: "
-            "state_dict() and load_state_dict() bring its state to another"
-        )
+        for name in ("master", "velocity_dtype", "state_dtype", "initial_accumulator_value"):
+            was, value = value_of(built, row_named(name)), value_of(now, row_named(name))
+            if value != was:
+                raise ValueError(
+                    f"{self.prefix(g)}{name} must stay as the optimizer was built, {was!r}, got "
+                    f"{value!r}: state_dict() and load_state_dict() bring its state to another"
+                )
+        return 0
 
     cdef void adopt(self, tuple checked) noexcept:
         memcpy(self.at, (<Buffer>checked[0]).at, self.n * sizeof(Group))
@@ -176,11 +175,12 @@ cdef class Groups:
                 f"{prefix}master='float32' must have bfloat16 or float16 parameters, got none: "
                 "master='auto' suits every type"
             )
-        if group.options.velocity_dtype != STATE_AS_STEPPED and group.has_float64:
-            raise ValueError(
-                f"{prefix}velocity_dtype must be None for float64 parameters, got "
-                f"{value_of(&group.options, row_named('velocity_dtype'))!r}"
-            )
+        for name in ("velocity_dtype", "state_dtype"):
+            dtype = value_of(&group.options, row_named(name))
+            if dtype is not None and group.has_float64:
+                raise ValueError(
+                    f"{prefix}{name} must be None for float64 parameters, got {dtype!r}"
+                )
         return 0
 
     cdef bint follow(self, Py_ssize_t step_count) except -1:
@@ -210,8 +210,13 @@ cdef class Groups:
 
     cdef void scalars_at(self, Py_ssize_t g, const Count *count, Scalars *scalars) noexcept:
         """Form those of one group, or of a parameter of it that has had so many steps."""
-        cdef optcore_options o = self.at[g].options.kernel
+        cdef const Options *own = &self.at[g].options
+        cdef optcore_options o = own.kernel
         o.grad_scale = self._grad_scale
+        if count != NULL:
+            o.lr /= 1 + (count.step - 1) * own.lr_decay
+            if corrects_bias(self.at[g].rule):
+                o.beta1_power, o.beta2_power = count.beta1_power, count.beta2_power
         scalars[0] = combine(&o)
         scalars.ema_decay = self._ema_decay
         scalars.ema_weight = 1 - self._ema_decay

@@ -1,4 +1,5 @@
 """Hyper-parameters: the one table of options, and the way of their values into the kernels."""
+from libc.math cimport sqrt
 from libc.stdint cimport uint64_t
 
 from optcore.kernels cimport optcore_options
@@ -47,6 +48,11 @@ cdef struct Options:
     int rounding
     int velocity_dtype
     int lazy
+    int state_dtype
+    int centered
+    int amsgrad
+    double lr_decay
+    double initial_accumulator_value
     uint64_t seed
 
 cdef struct Row:            # of the table, as C reads it
@@ -94,4 +100,15 @@ cdef inline Scalars combine(const optcore_options *o) noexcept nogil:
     s.ema_decay = 0
     s.ema_weight = 1
     s.flushes = o.flush_subnormals
+    s.alpha = o.alpha
+    s.alpha_weight = 1 - o.alpha
+    s.beta1 = o.beta1
+    s.beta1_weight = 1 - o.beta1
+    s.beta2 = o.beta2
+    s.beta2_weight = 1 - o.beta2
+    s.step_size = o.lr / (1 - o.beta1_power)
+    s.unbias = 1 / sqrt(1 - o.beta2_power)
+    # of what is corrected: sqrt(s / c + eps) is sqrt(s + c * eps) / sqrt(c)
+    s.eps_inside = o.eps * (1 - o.beta2_power) if o.eps_in_sqrt else 0
+    s.eps_outside = 0 if o.eps_in_sqrt else o.eps
     return s

@@ -29,6 +29,7 @@ CHOICES = {
     "master": ("auto", None, "split", "float32"),
     "rounding": ("stochastic", "nearest"),
     "velocity_dtype": (None, "float32", "bfloat16"),
+    "state_dtype": (None, "float32", "bfloat16"),
     "lazy": ("exact", "rows"),
 }
 
@@ -57,7 +58,8 @@ FAMILIES = tuple(dict.fromkeys([RULE_ROWS[family_of(rule)].name.decode()
 Option = namedtuple("Option", ["name", "range", "default", "holder", "refused", "offset",
                                "families"], defaults=[FAMILIES])
 
-MOVING = ("sgd",)                 # with rules that have momentum
+MOVING = ("sgd", "rmsprop")       # with rules that have momentum
+ADAPTIVE = ("adagrad", "rmsprop", "adam")
 
 cdef Options sample
 cdef const char *start = <const char *>&sample
@@ -82,6 +84,13 @@ OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("noise_key", INTEGER, 0, CALL, 0, <char *>&sample.kernel.noise_key - start),
     ("first_element", INTEGER, 0, CALL, 0, <char *>&sample.kernel.first_element - start),
     ("stochastic", FLAG, False, CALL, 0, <char *>&sample.kernel.stochastic - start),
+    ("alpha", FRACTION, 0.99, GROUP, 0, <char *>&sample.kernel.alpha - start, ("rmsprop",)),
+    ("beta1", FRACTION, 0.9, GROUP, 0, <char *>&sample.kernel.beta1 - start, ("adam",)),
+    ("beta2", FRACTION, 0.999, GROUP, 0, <char *>&sample.kernel.beta2 - start, ("adam",)),
+    ("eps", NONNEGATIVE, 1e-8, GROUP, 0, <char *>&sample.kernel.eps - start, ADAPTIVE),
+    ("beta1_power", POWER, 0.0, CALL, 0, <char *>&sample.kernel.beta1_power - start, ("adam",)),
+    ("beta2_power", POWER, 0.0, CALL, 0, <char *>&sample.kernel.beta2_power - start, ("adam",)),
+    ("eps_in_sqrt", FLAG, False, GROUP, 0, <char *>&sample.kernel.eps_in_sqrt - start, ADAPTIVE),
     ("max_norm", NONNEGATIVE, None, OPTIMIZER, 0, <char *>&sample.max_norm - start),
     ("ema_decay", FRACTION, None, OPTIMIZER, 0, <char *>&sample.ema_decay - start),
     ("nesterov", FLAG, False, GROUP, NO_MOMENTUM | OTHER_RULE,
@@ -94,6 +103,12 @@ OPTIONS = {row.name: row for row in [Option(*row) for row in (
     ("velocity_dtype", CHOICE, None, GROUP, 0,
      <char *>&sample.velocity_dtype - start, ("sgd",)),
     ("lazy", CHOICE, "exact", GROUP, 0, <char *>&sample.lazy - start),
+    ("state_dtype", CHOICE, None, GROUP, 0, <char *>&sample.state_dtype - start, ADAPTIVE),
+    ("centered", FLAG, False, GROUP, 0, <char *>&sample.centered - start, ("rmsprop",)),
+    ("amsgrad", FLAG, False, GROUP, 0, <char *>&sample.amsgrad - start, ("adam",)),
+    ("lr_decay", NONNEGATIVE, 0.0, GROUP, 0, <char *>&sample.lr_decay - start, ("adagrad",)),
+    ("initial_accumulator_value", NONNEGATIVE, 0.0, GROUP, 0,
+     <char *>&sample.initial_accumulator_value - start, ("adagrad",)),
     ("seed", INTEGER, 0, OPTIMIZER, 0, <char *>&sample.seed - start),
 )]}
 
@@ -139,7 +154,9 @@ cdef int lay_rows() except -1:
         rows[i].optional = is_number(range) and default is None and name != "lr"
         rows[i].refused = refused
         rows[i].offset = offset
-        if is_number(range) and range != POWER and name in KERNEL_OPTIONS:
+        if is_number(range) and range != POWER and (
+            name in KERNEL_OPTIONS or name == "initial_accumulator_value"
+        ):
             rounded[n_rounded] = i
             n_rounded += 1
         if refused:

@@ -27,6 +27,16 @@ cdef struct Scalars:
     double ema_decay
     double ema_weight       # 1 - ema_decay
     bint flushes            # states below the smallest normal number become 0
+    double alpha
+    double alpha_weight     # 1 - alpha
+    double beta1
+    double beta1_weight     # 1 - beta1
+    double beta2
+    double beta2_weight     # 1 - beta2
+    double step_size        # lr / (1 - beta1_power)
+    double unbias           # 1 / sqrt(1 - beta2_power)
+    double eps_inside       # added to what a root is taken of, and to the root: one of them is 0
+    double eps_outside
 
 cdef extern from *:
     """
@@ -146,6 +156,11 @@ cdef inline bint is_still(const Rule rule) noexcept nogil:
 
 cdef inline bint is_nesterov(const Rule rule) noexcept nogil:
     return rule == NESTEROV
+
+
+cdef inline bint corrects_bias(const Rule rule) noexcept nogil:
+    """Whether a step divides averages that begin at zero by what they lack."""
+    return False
 
 
 cdef inline bint counts_steps(const Rule rule) noexcept nogil:

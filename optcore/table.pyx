@@ -35,13 +35,22 @@ from optcore.options cimport (
     EXACT_ROWS,
     FLOAT32_MASTER,
     MASTER_BY_DTYPE,
+    Options,
     SPLIT_MASTER,
     STATE_BFLOAT16,
     STOCHASTIC,
     variant_of,
 )
 from optcore.rows cimport as_gradient, catch_up_between, is_rows_of
-from optcore.rules cimport N_RULES, RULE_ROWS, Scalars, counts_steps, family_of, is_linear
+from optcore.rules cimport (
+    N_RULES,
+    RULE_ROWS,
+    Scalars,
+    corrects_bias,
+    counts_steps,
+    family_of,
+    is_linear,
+)
 from optcore.parallel cimport sweep_all
 from optcore.storage cimport (
     BFLOAT16,
@@ -305,15 +314,25 @@ cdef class Table:
 
     cdef Storage _state_storage(self, Py_ssize_t i, Py_ssize_t k) noexcept:
         """How a state of a parameter is stored."""
-        cdef int dtype = self._groups.at[self._slots[i].group].options.velocity_dtype
-        if k == self._velocity and dtype == STATE_BFLOAT16:
+        cdef const Options *o = &self._groups.at[self._slots[i].group].options
+        if o.state_dtype == STATE_BFLOAT16 or (
+            k == self._velocity and o.velocity_dtype == STATE_BFLOAT16
+        ):
             return BFLOAT16
         return arithmetic_of(self._tensors[i].param.storage)
 
     cdef list _state_like(self, Py_ssize_t k, list indices):
-        """Zeros for a state of some parameters."""
-        return allocate_like([self._params[i] for i in indices],
-                             [DTYPES[self._state_storage(i, k)] for i in indices])
+        """Where a state of some parameters begins: zeros, but for a sum of squares."""
+        cdef double initial
+        states = allocate_like([self._params[i] for i in indices],
+                               [DTYPES[self._state_storage(i, k)] for i in indices])
+        for i, state in zip(indices, states, strict=True):
+            initial = self._groups.at[self._slots[<Py_ssize_t>i].group].options \
+                .initial_accumulator_value
+            if initial != 0 and self._state_names[k] == "square_sum":
+                wide = np.promote_types(state.dtype, np.float32) if state.dtype.kind == "f"                     else np.float32
+                assign(state, converted(np.full(state.shape, initial, wide), state))
+        return states
 
     cdef int _start_rests(self) except -1:
         """Give half parameters what their masters need; zeros, which loading takes for none."""
@@ -1054,4 +1073,6 @@ cdef tuple states_of(Rule family, Rule rule):
 
 cdef tuple counts_of(Rule rule):
     """The names of the numbers that are kept of each parameter's steps."""
+    if corrects_bias(rule):
+        return "step", "beta1_power", "beta2_power"
     return ("step",) if counts_steps(rule) else ()

@@ -6,6 +6,7 @@ benchmarks take their cases from there.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,12 @@ class Options:
     first_step: bool = False
     dampen_first: bool = False          # a first step is then damped as any other
     flush_subnormals: bool = False
+    eps: float = 1e-8
+    eps_in_sqrt: bool = False
+    alpha: float = 0.99
+    beta1: float = 0.9
+    beta2: float = 0.999
+    step: int | None = 1                # of this array, this one among them; None: no correction
 
 
 def direction(x, g, o):
@@ -70,11 +77,17 @@ class Rule:
     scalars: tuple[str, ...] = ()           # the options that it cannot do without
     dampens: bool = False
     lr_in_velocity: bool = False
-    sgd_options: dict[str, Any] | None = None   # how optcore.SGD is told, if it can be
+    sgd_options: dict[str, Any] | None = None   # how the optimizer is told, if it can be
+    kind: str = "SGD"                           # which that is
+    function: str | None = None                 # in the functional API, if not the rule's name
 
     @property
     def id(self) -> str:
         return self.name + ("_lr_in_velocity" if self.lr_in_velocity else "")
+
+    @property
+    def is_adaptive(self) -> bool:
+        return "eps" in self.scalars
 
     @property
     def has_momentum(self) -> bool:
@@ -112,7 +125,7 @@ class Rule:
     @property
     def entry(self) -> Callable[..., None]:
         """The rule in the functional API."""
-        return getattr(optcore, f"{self.name}_step")
+        return getattr(optcore, f"{self.function or self.name}_step")
 
     def keywords(self, o) -> dict[str, Any]:
         """Return what a user writes: what differs from defaults, and what the rule needs."""
@@ -123,14 +136,18 @@ class Rule:
         }
         if o.dampening and not o.dampen_first:
             keywords["first_step"] = o.first_step       # must be said
+        if "nesterov" in self.name and self.function:       # which serves several rules
+            keywords["nesterov"] = True
         return keywords | ({"lr_in_velocity": True} if self.lr_in_velocity else {})
 
     def step(self, x, g, states, o, **rounding):
         """Call the functional API as a user would."""
-        self.entry(x, g, *states, **self.keywords(o), **rounding)
+        arrays = dict(zip(self.states, states, strict=True))
+        self.entry(x, g, **arrays, **self.keywords(o), **rounding)
 
-    def optimizer(self, params, *arguments, base=optcore.SGD, **options):
+    def optimizer(self, params, *arguments, base=None, **options):
         """Build the whole-model optimizer, of the class `base`."""
+        base = base or getattr(optcore, self.kind)
         if self.sgd_options is None:
             base = type(base.__name__, (base,), {"_rule": self.name})
         return base(params, *arguments, **(self.sgd_options or {}), **options)

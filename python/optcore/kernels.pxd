@@ -36,6 +36,13 @@ cdef extern from "optcore.h":
         uint64_t noise_key              # 0; of stochastic rounding: other for each array and step
         uint64_t first_element          # 0; where param[0] is in the whole array, for the noise
         bint stochastic                 # 0; 1: half types are rounded stochastically
+        double alpha                    # 0.99; of rmsprop's averages
+        double beta1                    # 0.9; of adam's average of the gradient
+        double beta2                    # 0.999; of its square's
+        double eps                      # 1e-8
+        double beta1_power              # 0: no correction; else the product of beta1 over all steps
+        double beta2_power              # 0; likewise
+        bint eps_in_sqrt                # 0: sqrt(s) + eps; 1: sqrt(s + eps)
 
     # How an array is stored
     enum:

@@ -94,6 +94,15 @@ typedef struct optcore_options {
     uint64_t first_element;             /* 0; where param[0] is in the whole array, for the noise: a
                                            multiple of 256 */
     int stochastic;                     /* 0; 1: half types are rounded stochastically */
+    double alpha;                       /* 0.99; of rmsprop's averages */
+    double beta1;                       /* 0.9; of adam's average of the gradient */
+    double beta2;                       /* 0.999; of its square's */
+    double eps;                         /* 1e-8 */
+    double beta1_power;                 /* 0: no correction; else the product of beta1 over all steps
+                                           of the array, this one among them: beta1 to the number of
+                                           steps where it stays the same */
+    double beta2_power;                 /* 0; likewise */
+    int eps_in_sqrt;                    /* 0: sqrt(s) + eps; 1: sqrt(s + eps) */
 } optcore_options;
 
 /* What import_optcore() fetches. The first four members stay where they are for ever: they are
