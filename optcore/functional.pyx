@@ -114,6 +114,16 @@ cdef int take_gradient_options(
     return 0
 
 
+cdef int take_eps(
+    Options *o, object eps, object eps_in_sqrt, object flush_subnormals
+) except -1:
+    """Take the options that every adaptive rule has."""
+    take(o, &o.kernel.eps, eps)
+    take(o, &o.kernel.eps_in_sqrt, eps_in_sqrt)
+    take(o, &o.kernel.flush_subnormals, flush_subnormals)
+    return 0
+
+
 def sgd_step(
     param,
     grad,
@@ -340,6 +350,66 @@ def nesterov_step(
     take(&o, &o.kernel.lr_in_velocity, lr_in_velocity)
     take(&o, &o.kernel.flush_subnormals, flush_subnormals)
     step_arrays(rules.NESTEROV, (param, grad, velocity), &o)
+
+
+def adagrad_step(
+    param,
+    grad,
+    square_sum,
+    *,
+    lr,
+    eps=1e-10,
+    eps_in_sqrt=False,
+    flush_subnormals=False,
+    weight_decay=0.0,
+    decoupled_weight_decay=False,
+    maximize=False,
+    grad_scale=1.0,
+    clip_value=None,
+    rounding=None,
+    noise_key=None,
+):
+    """Take one step of AdaGrad, in place.
+
+    ``square_sum = square_sum + d * d; param = param - lr * d / (sqrt(square_sum) + eps)``, d as in
+    `sgd_step`.
+
+    Parameters
+    ----------
+    param : numpy.ndarray of float32, float64, bfloat16 or float16, any shape, contiguous
+        Updated in place.
+    grad : numpy.ndarray, shape and order of `param`
+        As in `sgd_step`.
+    square_sum : numpy.ndarray, shape and order of `param`
+        Updated in place; dtype as for `grad`. Zeros before the first step (the lecture, PyTorch),
+        or 0.1 (Keras, optax).
+    lr : float, >= 0
+        Learning rate α.
+    eps : float, >= 0, default 1e-10
+        ε, as in PyTorch; the lecture and Keras have 1e-7.
+    eps_in_sqrt : bool, default False
+        Divide by ``sqrt(square_sum + eps)`` (Keras, optax).
+    flush_subnormals : bool, default False
+        After the step, set the sum to 0 where it is below the smallest normal number.
+    weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding, noise_key
+        As in `sgd_step`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sgd_step`.
+
+    Notes
+    -----
+    The rule is the fourth of CS231n (2017), lecture 7 (Duchi, Hazan and Singer, 2011).
+    """
+    cdef Options o
+    take_gradient_options(
+        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding,
+        noise_key,
+    )
+    take_eps(&o, eps, eps_in_sqrt, flush_subnormals)
+    step_arrays(rules.ADAGRAD, (param, grad, square_sum), &o)
 
 
 def noise_key(seed, step, index=0):

@@ -40,6 +40,7 @@ cdef struct Scalars:
 
 cdef extern from *:
     """
+    #include <math.h>
     #include <optcore.h>
     #define OPTCORE_MOST_RULES 16       /* that run_rule tells apart */
     #define OPTCORE_MOST_STATES 3
@@ -64,6 +65,10 @@ cdef extern from *:
         int n_states
         const char **states
     const RuleRow *RULE_ROWS "optcore_rule_rows"
+
+    # Correctly rounded, as IEEE 754 has it, on every platform
+    float rootf "sqrtf"(float) noexcept nogil
+    double root "sqrt"(double) noexcept nogil
 
 ctypedef int Rule           # a place in RULE_ROWS
 
@@ -116,6 +121,22 @@ cdef inline inlined nesterov(
         x[0] = x[0] - <real>s.lr * (d + <real>s.momentum * v[0])
 
 
+# What adaptive rules divide by
+cdef inline real denominator(real square, const Scalars *s) noexcept nogil:
+    cdef real of = square + <real>s.eps_inside
+    cdef real taken = <real>rootf(of) if sizeof(real) == sizeof(float) else <real>root(of)
+    return taken * <real>s.unbias + <real>s.eps_outside
+
+
+cdef extern from *:
+    enum:
+        ADAGRAD "OPTCORE_RULE_adagrad"
+
+cdef inline inlined adagrad(real *x, real d, real *square_sum, const Scalars *s) noexcept nogil:
+    square_sum[0] = square_sum[0] + d * d
+    x[0] = x[0] - <real>s.lr * d / denominator(square_sum[0], s)
+
+
 cdef inline inlined apply_rule(
     const Rule rule, const Variant variant, real *x, real d, real *states, const Scalars *s
 ) noexcept nogil:
@@ -126,6 +147,8 @@ cdef inline inlined apply_rule(
         momentum(variant, x, d, &states[0], s)
     elif rule == NESTEROV:
         nesterov(variant, x, d, &states[0], s)
+    elif rule == ADAGRAD:
+        adagrad(x, d, &states[0], s)
 
 
 cdef inline bint is_linear(const Rule rule) noexcept nogil:
@@ -165,4 +188,4 @@ cdef inline bint corrects_bias(const Rule rule) noexcept nogil:
 
 cdef inline bint counts_steps(const Rule rule) noexcept nogil:
     """Whether a step depends on how many its parameter has had."""
-    return False
+    return rule == ADAGRAD

@@ -220,6 +220,22 @@ def nesterov_lr_in_velocity(x, d, v, o):
     return x, v
 
 
+def denominator(square, o, correction=1.0):
+    """Return what adaptive rules divide by: the root of a square that is corrected, and eps."""
+    real = square.dtype.type
+    if o.eps_in_sqrt:
+        return np.sqrt(square + real(o.eps * correction)) * real(1 / math.sqrt(correction))
+    return np.sqrt(square) * real(1 / math.sqrt(correction)) + real(o.eps)
+
+
+@rule("adagrad", label="AdaGrad", states=("square_sum",), kind="AdaGrad", scalars=("eps",))
+def adagrad(x, d, square_sum, o):
+    real = x.dtype.type
+    square_sum = square_sum + d * d
+    x = x - real(o.lr) * d / denominator(square_sum, o)
+    return x, square_sum
+
+
 def flushed(state):
     """Return a state with 0 in place of what is below the smallest normal number."""
     return np.where(np.abs(state) < np.finfo(state.dtype).tiny, state.dtype.type(0), state)

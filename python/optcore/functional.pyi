@@ -54,4 +54,21 @@ def nesterov_step(
     rounding: str | None = None,
     noise_key: int | None = None,
 ) -> None: ...
+def adagrad_step(
+    param: _Array,
+    grad: _Array,
+    square_sum: _Array,
+    *,
+    lr: float,
+    eps: float = 1e-10,
+    eps_in_sqrt: bool = False,
+    flush_subnormals: bool = False,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    clip_value: float | None = None,
+    rounding: str | None = None,
+    noise_key: int | None = None,
+) -> None: ...
 def noise_key(seed: int, step: int, index: int = 0) -> int: ...

@@ -18,6 +18,7 @@ cdef extern from "optcore.h":
         OPTCORE_RULE_sgd
         OPTCORE_RULE_momentum
         OPTCORE_RULE_nesterov
+        OPTCORE_RULE_adagrad
 
     # Start from optcore_defaults() and set what differs.
     ctypedef struct optcore_options:

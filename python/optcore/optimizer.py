@@ -88,6 +88,16 @@ class SGDOptions(CommonOptions):
     velocity_dtype = GroupOption()
 
 
+class AdaptiveOptions(CommonOptions):
+    """Those of the adaptive rules."""
+
+    __slots__ = ()
+
+    eps = GroupOption()
+    eps_in_sqrt = GroupOption()
+    state_dtype = GroupOption()
+
+
 class Optimizer(Plan):
     """What all optimizers do; each class has a family of rules and the options of those."""
 

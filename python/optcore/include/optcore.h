@@ -46,7 +46,8 @@ extern "C" {
 #define OPTCORE_RULES(RULE_0, RULE_1, RULE_2, RULE_3) \
     RULE_0(sgd) \
     RULE_1(momentum, velocity) \
-    RULE_1(nesterov, velocity)
+    RULE_1(nesterov, velocity) \
+    RULE_1(adagrad, square_sum)
 
 #define OPTCORE_NUMBER_0(rule) OPTCORE_RULE_##rule,
 #define OPTCORE_NUMBER_1(rule, s) OPTCORE_RULE_##rule,

@@ -1,0 +1,113 @@
+"""AdaGrad, RMSProp, Adam and AdamW, whose steps are divided by what gradients were."""
+from __future__ import annotations
+
+from typing import Any
+
+from optcore.optimizer import AdaptiveOptions, GroupOption, Optimizer, Schedule
+
+COMMON = """    eps_in_sqrt : bool, default False
+        Add ε under the root*, to the square that is corrected; False: to the root (PyTorch).
+    state_dtype : {"float32", "bfloat16"} or None, default None
+        Dtype of the states*; None: that in which the parameter is stepped. Rounded as `rounding`
+        says. Stays as the optimizer was built.
+    lazy : {"exact", "rows"}, default "exact"
+        "rows": what a step with `Rows` leaves out stays where it is*. What a gradient of zero makes
+        of other rows cannot be made up for later here, and "exact" refuses Rows.
+    maximize, decoupled_weight_decay, clip_value, flush_subnormals, master, rounding
+        As in `optcore.SGD`, each with a star.
+    max_norm, skip_nonfinite, track_grad_norm, ema_decay, seed, grads
+        As in `optcore.SGD`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `optcore.SGD`. All its methods and attributes are here too, each option that bears a star
+        among them; what needs momentum alone, as `accumulating`, refuses."""
+
+
+def documented(kind: Any) -> Any:
+    """Put into a class's text what all here have."""
+    if kind.__doc__:        # there is none under python -OO
+        kind.__doc__ = kind.__doc__.replace("    {common}", COMMON)
+    return kind
+
+
+class AdaGradOptions(AdaptiveOptions):
+    """Those of `optcore.AdaGrad`."""
+
+    __slots__ = ()
+
+    lr_decay = GroupOption()
+    initial_accumulator_value = GroupOption()
+
+
+@documented
+class AdaGrad(Optimizer, AdaGradOptions):
+    """AdaGrad over a whole model in place.
+
+    ``s = s + d·d; x = x - α·d / (√s + ε)``, s being the state ``"square_sum"``.
+
+    Parameters
+    ----------
+    params : array, sequence, mapping or nest of arrays, or list of group dictionaries
+        As for `optcore.SGD`; options with a star may differ from group to group.
+    lr : float >= 0 or schedule, default 1e-2
+        Learning rate α*.
+    lr_decay : float >= 0 or schedule, default 0
+        A parameter's t-th step is taken with ``lr / (1 + (t - 1) * lr_decay)``*.
+    weight_decay : float >= 0 or schedule, default 0
+        λ*: added to the gradient as λ·param.
+    initial_accumulator_value : float >= 0, default 0
+        What s begins with*: 0 in the lecture and PyTorch, 0.1 in Keras and optax. Stays as the
+        optimizer was built.
+    eps : float >= 0 or schedule, default 1e-10
+        ε*: PyTorch's; 1e-7 in the lecture, Keras and optax.
+    {common}
+
+    Notes
+    -----
+    Duchi, Hazan and Singer 2011; CS231n (2017), lecture 7. Options and their defaults are those of
+    ``torch.optim.Adagrad``. Keras and optax have ``eps=1e-7, eps_in_sqrt=True,
+    initial_accumulator_value=0.1``.
+
+    Examples
+    --------
+    >>> import numpy as np, optcore
+    >>> x = np.zeros(2, np.float32)
+    >>> opt = optcore.AdaGrad(x, lr=0.5)
+    >>> opt.step(np.array([1e-3, 1e3], np.float32))
+    True
+    >>> x
+    array([-0.49999994, -0.5       ], dtype=float32)
+    """
+
+    __slots__ = ()
+
+    _family = "adagrad"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Schedule = 1e-2,
+        lr_decay: float | Schedule = 0.0,
+        weight_decay: float | Schedule = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float | Schedule = 1e-10,
+        *,
+        eps_in_sqrt: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        clip_value: float | Schedule | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
+        ema_decay: float | Schedule | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        grads: Any = None,
+    ) -> None:
+        self._construct(locals())
