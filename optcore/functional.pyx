@@ -12,6 +12,7 @@ from optcore.arrays cimport (
     spell,
     stream_of,
 )
+from optcore.groups cimport chosen_rule
 from optcore.memory cimport overlap, span_of
 from optcore.noise cimport key_of
 from optcore.options cimport (
@@ -410,6 +411,102 @@ def adagrad_step(
     )
     take_eps(&o, eps, eps_in_sqrt, flush_subnormals)
     step_arrays(rules.ADAGRAD, (param, grad, square_sum), &o)
+
+
+def rmsprop_step(
+    param,
+    grad,
+    square_avg,
+    velocity=None,
+    grad_avg=None,
+    *,
+    lr,
+    alpha=0.99,
+    eps=1e-8,
+    momentum=0.0,
+    nesterov=False,
+    lr_in_velocity=False,
+    eps_in_sqrt=False,
+    flush_subnormals=False,
+    weight_decay=0.0,
+    decoupled_weight_decay=False,
+    maximize=False,
+    grad_scale=1.0,
+    clip_value=None,
+    rounding=None,
+    noise_key=None,
+):
+    """Take one step of RMSProp, in place.
+
+    ``square_avg = alpha * square_avg + (1 - alpha) * d * d``, then
+    ``param = param - lr * d / (sqrt(square_avg) + eps)``, d as in `sgd_step`. With a velocity the
+    quotient ``d / (sqrt(square_avg) + eps)`` takes the place of d in `momentum_step`, or with
+    `nesterov` in `nesterov_step`. With `grad_avg` the step is centered:
+    ``grad_avg = alpha * grad_avg + (1 - alpha) * d``, and the root is that of
+    ``square_avg - grad_avg * grad_avg``, or of 0 where rounding makes that negative.
+
+    Parameters
+    ----------
+    param : numpy.ndarray of float32, float64, bfloat16 or float16, any shape, contiguous
+        Updated in place.
+    grad : numpy.ndarray, shape and order of `param`
+        As in `sgd_step`.
+    square_avg : numpy.ndarray, shape and order of `param`
+        Updated in place; dtype as for `grad`. Zeros before the first step.
+    velocity : numpy.ndarray, shape and order of `param`, optional
+        Updated in place; given with `momentum` > 0, and only then.
+    grad_avg : numpy.ndarray, shape and order of `param`, optional
+        Updated in place; given for a centered step.
+    lr : float, >= 0
+        Learning rate α.
+    alpha : float in [0, 1), default 0.99
+        Decay of both averages, the lecture's decay rate, Keras' rho.
+    eps : float, >= 0, default 1e-8
+        ε, as in PyTorch; the lecture and Keras have 1e-7.
+    momentum : float in [0, 1), default 0
+        ρ.
+    nesterov : bool, default False
+        Nesterov momentum; needs a velocity.
+    lr_in_velocity : bool, default False
+        Which of the two conventions of `momentum_step`: True in Keras and optax, False in PyTorch.
+    eps_in_sqrt : bool, default False
+        Divide by ``sqrt(square_avg + eps)`` (Keras, optax).
+    flush_subnormals : bool, default False
+        After the step, set states to 0 where they are below the smallest normal number.
+    weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding, noise_key
+        As in `sgd_step`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sgd_step`; ValueError also for `momentum` without a velocity, or one without it.
+
+    Notes
+    -----
+    The rule is the fifth of CS231n (2017), lecture 7 (Tieleman and Hinton, 2012); centered as in
+    Graves 2013.
+    """
+    cdef Options o
+    cdef Rule rule
+    take_gradient_options(
+        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding,
+        noise_key,
+    )
+    take(&o, &o.kernel.alpha, alpha)
+    take(&o, &o.kernel.momentum, momentum)
+    take(&o, &o.nesterov, nesterov)
+    take(&o, &o.kernel.lr_in_velocity, lr_in_velocity)
+    take_eps(&o, eps, eps_in_sqrt, flush_subnormals)
+    o.centered = grad_avg is not None
+    if (velocity is None) != (o.kernel.momentum == 0):
+        raise ValueError(
+            f"velocity must be given with momentum > 0 and only then, got "
+            f"{'none' if velocity is None else 'one'} with momentum={momentum!r}"
+        )
+    arrays = (param, grad, square_avg, velocity, grad_avg)
+    rule = chosen_rule(rules.RMSPROP, &o)
+    step_arrays(rule, tuple([array for i, array in enumerate(arrays)
+                             if i < 2 or array is not None]), &o)
 
 
 def noise_key(seed, step, index=0):

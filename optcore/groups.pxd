@@ -17,6 +17,8 @@ cdef struct Group:
     bint has_bfloat16
     bint has_float16
 
+cdef Rule chosen_rule(Rule family, const Options *o) noexcept
+
 cdef class Groups:
     cdef Buffer _memory
     cdef Group *at

@@ -25,7 +25,20 @@ from optcore.options cimport (
     take_row,
     value_of,
 )
-from optcore.rules cimport MOMENTUM, NESTEROV, RULE_ROWS, SGD, Rule, corrects_bias
+from optcore.rules cimport (
+    MOMENTUM,
+    NESTEROV,
+    RMSPROP,
+    RMSPROP_CENTERED,
+    RMSPROP_CENTERED_MOMENTUM,
+    RMSPROP_CENTERED_NESTEROV,
+    RMSPROP_MOMENTUM,
+    RMSPROP_NESTEROV,
+    RULE_ROWS,
+    SGD,
+    Rule,
+    corrects_bias,
+)
 from optcore.structure cimport same_items
 
 from optcore.options import GROUP_OPTIONS
@@ -41,6 +54,12 @@ cdef Rule chosen_rule(Rule family, const Options *o) noexcept:
     """The rule that options choose of a family."""
     if family == SGD and o.kernel.momentum != 0:
         return NESTEROV if o.nesterov else MOMENTUM
+    if family == RMSPROP and o.kernel.momentum == 0:
+        return RMSPROP_CENTERED if o.centered else RMSPROP
+    if family == RMSPROP and o.centered:
+        return RMSPROP_CENTERED_NESTEROV if o.nesterov else RMSPROP_CENTERED_MOMENTUM
+    if family == RMSPROP:
+        return RMSPROP_NESTEROV if o.nesterov else RMSPROP_MOMENTUM
     return family
 
 

@@ -137,6 +137,47 @@ cdef inline inlined adagrad(real *x, real d, real *square_sum, const Scalars *s)
     x[0] = x[0] - <real>s.lr * d / denominator(square_sum[0], s)
 
 
+cdef extern from *:
+    enum:
+        RMSPROP "OPTCORE_RULE_rmsprop"
+        RMSPROP_MOMENTUM "OPTCORE_RULE_rmsprop_momentum"
+        RMSPROP_NESTEROV "OPTCORE_RULE_rmsprop_nesterov"
+        RMSPROP_CENTERED "OPTCORE_RULE_rmsprop_centered"
+        RMSPROP_CENTERED_MOMENTUM "OPTCORE_RULE_rmsprop_centered_momentum"
+        RMSPROP_CENTERED_NESTEROV "OPTCORE_RULE_rmsprop_centered_nesterov"
+
+cdef inline real squared(real d, real *square_avg, const Scalars *s) noexcept nogil:
+    square_avg[0] = <real>s.alpha * square_avg[0] + <real>s.alpha_weight * d * d
+    return square_avg[0]
+
+
+cdef inline real variance(
+    real d, real *square_avg, real *grad_avg, const Scalars *s
+) noexcept nogil:
+    cdef real left
+    squared(d, square_avg, s)
+    grad_avg[0] = <real>s.alpha * grad_avg[0] + <real>s.alpha_weight * d
+    left = square_avg[0] - grad_avg[0] * grad_avg[0]
+    return 0 if left < 0 else left          # as it is by rounding; a NaN stays
+
+
+cdef inline inlined rmsprop(
+    const Rule rule, const Variant variant, real *x, real d, real *square_avg, real *velocity,
+    real *grad_avg, const Scalars *s
+) noexcept nogil:
+    cdef real square
+    if rule == RMSPROP or rule == RMSPROP_MOMENTUM or rule == RMSPROP_NESTEROV:
+        square = squared(d, square_avg, s)
+    else:
+        square = variance(d, square_avg, grad_avg, s)
+    if rule == RMSPROP or rule == RMSPROP_CENTERED:
+        x[0] = x[0] - <real>s.lr * d / denominator(square, s)
+    elif rule == RMSPROP_MOMENTUM or rule == RMSPROP_CENTERED_MOMENTUM:
+        momentum(variant, x, d / denominator(square, s), velocity, s)
+    else:
+        nesterov(variant, x, d / denominator(square, s), velocity, s)
+
+
 cdef inline inlined apply_rule(
     const Rule rule, const Variant variant, real *x, real d, real *states, const Scalars *s
 ) noexcept nogil:
@@ -149,6 +190,10 @@ cdef inline inlined apply_rule(
         nesterov(variant, x, d, &states[0], s)
     elif rule == ADAGRAD:
         adagrad(x, d, &states[0], s)
+    elif rule == RMSPROP_CENTERED:
+        rmsprop(rule, variant, x, d, &states[0], NULL, &states[1], s)
+    elif family_of(rule) == RMSPROP:
+        rmsprop(rule, variant, x, d, &states[0], &states[1], &states[2], s)
 
 
 cdef inline bint is_linear(const Rule rule) noexcept nogil:
@@ -159,7 +204,7 @@ cdef inline bint is_linear(const Rule rule) noexcept nogil:
 cdef inline bint has_variant(const Rule rule, const Variant variant) noexcept nogil:
     """Whether a rule's equations differ in a variant; a rule not named here has none."""
     if variant == LR_IN_VELOCITY:
-        return rule == MOMENTUM or rule == NESTEROV
+        return is_nesterov(rule) or has_plain_momentum(rule)
     return variant == PLAIN or rule == MOMENTUM
 
 
@@ -169,16 +214,26 @@ cdef inline Rule family_of(const Rule rule) noexcept nogil:
     """The rule that an optimizer is named for which has this one by its options."""
     if rule == MOMENTUM or rule == NESTEROV:
         return SGD
+    if RMSPROP <= rule <= RMSPROP_CENTERED_NESTEROV:
+        return RMSPROP
     return rule
 
 
 cdef inline bint is_still(const Rule rule) noexcept nogil:
     """Whether it is what a family with momentum has without."""
-    return rule == SGD
+    return rule == SGD or rule == RMSPROP or rule == RMSPROP_CENTERED
+
+
+cdef inline bint has_plain_momentum(const Rule rule) noexcept nogil:
+    return (
+        rule == MOMENTUM or rule == RMSPROP_MOMENTUM or rule == RMSPROP_CENTERED_MOMENTUM
+    )
 
 
 cdef inline bint is_nesterov(const Rule rule) noexcept nogil:
-    return rule == NESTEROV
+    return (
+        rule == NESTEROV or rule == RMSPROP_NESTEROV or rule == RMSPROP_CENTERED_NESTEROV
+    )
 
 
 cdef inline bint corrects_bias(const Rule rule) noexcept nogil:
@@ -188,4 +243,4 @@ cdef inline bint corrects_bias(const Rule rule) noexcept nogil:
 
 cdef inline bint counts_steps(const Rule rule) noexcept nogil:
     """Whether a step depends on how many its parameter has had."""
-    return rule == ADAGRAD
+    return rule == ADAGRAD or family_of(rule) == RMSPROP

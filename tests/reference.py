@@ -6,6 +6,7 @@ benchmarks take their cases from there.
 """
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -234,6 +235,40 @@ def adagrad(x, d, square_sum, o):
     square_sum = square_sum + d * d
     x = x - real(o.lr) * d / denominator(square_sum, o)
     return x, square_sum
+
+
+def enter_rmsprop(momentum, right, centered):
+    """Enter RMSProp, by itself or with the momentum of another rule."""
+    other = momentum and RULES_BY_ID[momentum + ("_lr_in_velocity" if right else "")]
+    name = "_".join(filter(None, ["rmsprop", centered and "centered", momentum]))
+    options = {"centered": True} if centered else {}
+
+    @rule(
+        name, label=name.replace("rmsprop", "RMSProp").replace("_", " "), lr_in_velocity=right,
+        states=("square_avg", *(["velocity"] if other else []), *(["grad_avg"] if centered else [])),
+        scalars=("alpha", "eps", *(["momentum"] if other else [])), kind="RMSProp",
+        function="rmsprop", sgd_options=options | (other.sgd_options if other else {}),
+    )
+    def rmsprop(x, d, square_avg, *more):
+        *states, o = more
+        real = x.dtype.type
+        square = square_avg = real(o.alpha) * square_avg + real(1 - o.alpha) * d * d
+        if centered:
+            states[-1] = real(o.alpha) * states[-1] + real(1 - o.alpha) * d
+            square = square_avg - states[-1] * states[-1]
+            square = np.where(square < 0, real(0), square)
+        if other is None:
+            x = x - real(o.lr) * d / denominator(square, o)
+        else:
+            x, states[0] = other.equation(x, d / denominator(square, o), states[0], o)
+        return x, square_avg, *states
+
+
+for momentum_of, right, centered in itertools.product(
+    [None, "momentum", "nesterov"], [False, True], [False, True]
+):
+    if momentum_of or not right:
+        enter_rmsprop(momentum_of, right, centered)
 
 
 def flushed(state):

@@ -5,6 +5,7 @@ from optcore._config import get_include as get_include
 from optcore._config import show_config as show_config
 from optcore._version import __version__ as __version__
 from optcore.adaptive import AdaGrad as AdaGrad
+from optcore.adaptive import RMSProp as RMSProp
 from optcore.arrays import bfloat16 as bfloat16
 from optcore.checkpoint import CheckpointError as CheckpointError
 from optcore.functional import *  # noqa: F403 - one function for each rule, and nothing else

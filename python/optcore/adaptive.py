@@ -111,3 +111,98 @@ class AdaGrad(Optimizer, AdaGradOptions):
         grads: Any = None,
     ) -> None:
         self._construct(locals())
+
+
+class RMSPropOptions(AdaptiveOptions):
+    """Those of `optcore.RMSProp`."""
+
+    __slots__ = ()
+
+    alpha = GroupOption()
+    momentum = GroupOption()
+    centered = GroupOption()
+    nesterov = GroupOption()
+    lr_in_velocity = GroupOption()
+
+
+@documented
+class RMSProp(Optimizer, RMSPropOptions):
+    """RMSProp over a whole model in place: plain, centered, with momentum or Nesterov momentum.
+
+    ``s = α·s + (1 - α)·d·d; x = x - lr·d / (√s + ε)``, s being the state ``"square_avg"``. With
+    momentum ``d / (√s + ε)`` takes the gradient's place in the rules of `optcore.SGD`.
+
+    Parameters
+    ----------
+    params : array, sequence, mapping or nest of arrays, or list of group dictionaries
+        As for `optcore.SGD`; options with a star may differ from group to group.
+    lr : float >= 0 or schedule, default 1e-2
+        Learning rate*.
+    alpha : float in [0, 1) or schedule, default 0.99
+        Decay of the averages*.
+    eps : float >= 0 or schedule, default 1e-8
+        ε*.
+    weight_decay : float >= 0 or schedule, default 0
+        λ*: added to the gradient as λ·param.
+    momentum : float in [0, 1) or schedule, default 0
+        ρ*.
+    centered : bool, default False
+        Divide by the root of the gradients' variance*: ``√(s - m·m)``, m being the average of the
+        gradients, ``"grad_avg"``; what rounding makes negative counts as 0.
+    nesterov : bool, default False
+        Nesterov momentum*; needs ``momentum > 0``.
+    lr_in_velocity : bool, default False
+        The velocity's convention*, as in `optcore.SGD`. Stays as the optimizer was built.
+    {common}
+
+    Notes
+    -----
+    Tieleman and Hinton 2012; Graves 2013 (centered). Options and their defaults are those of
+    ``torch.optim.RMSprop``. CS231n (2017), lecture 7, has ``eps=1e-7``; Keras
+    ``alpha=0.9, eps=1e-7, eps_in_sqrt=True, lr_in_velocity=True``, optax the same with
+    ``eps=1e-8``.
+
+    Examples
+    --------
+    >>> import numpy as np, optcore
+    >>> x = np.zeros(2, np.float32)
+    >>> opt = optcore.RMSProp(x, lr=0.5, alpha=0.75)
+    >>> opt.step(np.array([1e-3, 1e3], np.float32))
+    True
+    >>> x
+    array([-0.99998, -1.     ], dtype=float32)
+    """
+
+    __slots__ = ()
+
+    _family = "rmsprop"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Schedule = 1e-2,
+        alpha: float | Schedule = 0.99,
+        eps: float | Schedule = 1e-8,
+        weight_decay: float | Schedule = 0.0,
+        momentum: float | Schedule = 0.0,
+        centered: bool = False,
+        *,
+        nesterov: bool = False,
+        lr_in_velocity: bool = False,
+        eps_in_sqrt: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        clip_value: float | Schedule | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
+        ema_decay: float | Schedule | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        grads: Any = None,
+    ) -> None:
+        self._construct(locals())

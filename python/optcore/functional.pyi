@@ -71,4 +71,27 @@ def adagrad_step(
     rounding: str | None = None,
     noise_key: int | None = None,
 ) -> None: ...
+def rmsprop_step(
+    param: _Array,
+    grad: _Array,
+    square_avg: _Array,
+    velocity: _Array | None = None,
+    grad_avg: _Array | None = None,
+    *,
+    lr: float,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    lr_in_velocity: bool = False,
+    eps_in_sqrt: bool = False,
+    flush_subnormals: bool = False,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    clip_value: float | None = None,
+    rounding: str | None = None,
+    noise_key: int | None = None,
+) -> None: ...
 def noise_key(seed: int, step: int, index: int = 0) -> int: ...

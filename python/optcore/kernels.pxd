@@ -19,6 +19,12 @@ cdef extern from "optcore.h":
         OPTCORE_RULE_momentum
         OPTCORE_RULE_nesterov
         OPTCORE_RULE_adagrad
+        OPTCORE_RULE_rmsprop
+        OPTCORE_RULE_rmsprop_momentum
+        OPTCORE_RULE_rmsprop_nesterov
+        OPTCORE_RULE_rmsprop_centered
+        OPTCORE_RULE_rmsprop_centered_momentum
+        OPTCORE_RULE_rmsprop_centered_nesterov
 
     # Start from optcore_defaults() and set what differs.
     ctypedef struct optcore_options:

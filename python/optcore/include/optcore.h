@@ -47,7 +47,13 @@ extern "C" {
     RULE_0(sgd) \
     RULE_1(momentum, velocity) \
     RULE_1(nesterov, velocity) \
-    RULE_1(adagrad, square_sum)
+    RULE_1(adagrad, square_sum) \
+    RULE_1(rmsprop, square_avg) \
+    RULE_2(rmsprop_momentum, square_avg, velocity) \
+    RULE_2(rmsprop_nesterov, square_avg, velocity) \
+    RULE_2(rmsprop_centered, square_avg, grad_avg) \
+    RULE_3(rmsprop_centered_momentum, square_avg, velocity, grad_avg) \
+    RULE_3(rmsprop_centered_nesterov, square_avg, velocity, grad_avg)
 
 #define OPTCORE_NUMBER_0(rule) OPTCORE_RULE_##rule,
 #define OPTCORE_NUMBER_1(rule, s) OPTCORE_RULE_##rule,
