@@ -1,4 +1,5 @@
 """The functional API: one step of one rule on arrays that the caller keeps."""
+from libc.stdint cimport uint64_t
 from numpy cimport import_array, ndarray
 
 from optcore cimport rules
@@ -22,6 +23,7 @@ from optcore.options cimport (
     combine,
     default_options,
     integer,
+    product_of,
     take,
     variant_of,
 )
@@ -507,6 +509,149 @@ def rmsprop_step(
     rule = chosen_rule(rules.RMSPROP, &o)
     step_arrays(rule, tuple([array for i, array in enumerate(arrays)
                              if i < 2 or array is not None]), &o)
+
+
+cdef int step_adam(tuple arrays, Options *o, object step, object beta1, object beta2) except -1:
+    """Step by Adam, with a maximum by AMSGrad, which is given as the last array or None."""
+    cdef uint64_t n
+    take(o, &o.kernel.beta1, beta1)
+    take(o, &o.kernel.beta2, beta2)
+    if step is not None:
+        n = integer(step, "step")
+        if n == 0:
+            raise ValueError("step must be at least 1, for it counts this step too, got 0")
+        o.kernel.beta1_power = product_of(o.kernel.beta1, n)
+        o.kernel.beta2_power = product_of(o.kernel.beta2, n)
+    o.amsgrad = arrays[4] is not None
+    return step_arrays(chosen_rule(rules.ADAM, o), arrays if o.amsgrad else arrays[:4], o)
+
+
+def adam_step(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq=None,
+    *,
+    lr,
+    step,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    eps_in_sqrt=False,
+    flush_subnormals=False,
+    weight_decay=0.0,
+    decoupled_weight_decay=False,
+    maximize=False,
+    grad_scale=1.0,
+    clip_value=None,
+    rounding=None,
+    noise_key=None,
+):
+    """Take one step of Adam, in place; of AMSGrad, where a maximum is given.
+
+    ``exp_avg = beta1 * exp_avg + (1 - beta1) * d``,
+    ``exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * d * d`` and
+    ``param = param - a * exp_avg / (sqrt(exp_avg_sq) * b + eps)`` with
+    ``a = lr / (1 - beta1**step)`` and ``b = 1 / sqrt(1 - beta2**step)``, d as in `sgd_step`. a and
+    b are formed in float64, the powers by multiplying step by step. For AMSGrad
+    ``max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)`` takes the place of `exp_avg_sq` in the last
+    line.
+
+    Parameters
+    ----------
+    param : numpy.ndarray of float32, float64, bfloat16 or float16, any shape, contiguous
+        Updated in place.
+    grad : numpy.ndarray, shape and order of `param`
+        As in `sgd_step`.
+    exp_avg, exp_avg_sq : numpy.ndarray, shape and order of `param`
+        Updated in place; dtype as for `grad`. Zeros before the first step.
+    max_exp_avg_sq : numpy.ndarray, shape and order of `param`, optional
+        Likewise.
+    lr : float, >= 0
+        Learning rate α.
+    step : int >= 1, or None
+        The steps of these arrays, this one among them; the products take about a nanosecond for
+        each. None: no correction of the averages' bias towards zero.
+    beta1, beta2 : float in [0, 1), defaults 0.9 and 0.999
+        Decay of the averages.
+    eps : float, >= 0, default 1e-8
+        ε, as in PyTorch and Kingma and Ba's Algorithm 1; the lecture and Keras have 1e-7.
+    eps_in_sqrt : bool, default False
+        Divide by ``sqrt(exp_avg_sq / (1 - beta2**step) + eps)``: optax's ``eps_root``.
+    flush_subnormals : bool, default False
+        After the step, set states to 0 where they are below the smallest normal number.
+    weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding, noise_key
+        As in `sgd_step`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sgd_step`.
+
+    Notes
+    -----
+    The rule is the sixth of CS231n (2017), lecture 7 (Kingma and Ba 2015; AMSGrad: Reddi, Kale and
+    Kumar 2018).
+    """
+    cdef Options o
+    take_gradient_options(
+        &o, lr, weight_decay, decoupled_weight_decay, maximize, grad_scale, clip_value, rounding,
+        noise_key,
+    )
+    take_eps(&o, eps, eps_in_sqrt, flush_subnormals)
+    step_adam((param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq), &o, step, beta1, beta2)
+
+
+def adamw_step(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq=None,
+    *,
+    lr,
+    step,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    eps_in_sqrt=False,
+    flush_subnormals=False,
+    weight_decay=1e-2,
+    maximize=False,
+    grad_scale=1.0,
+    clip_value=None,
+    rounding=None,
+    noise_key=None,
+):
+    """Take one step of AdamW, in place: `adam_step` with ``decoupled_weight_decay=True``.
+
+    ``param`` is multiplied by (1 - lr * weight_decay) first, and the decay is not in the averages.
+
+    Parameters
+    ----------
+    weight_decay : float, >= 0, default 1e-2
+        λ, as in PyTorch.
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, step, beta1, beta2, eps, eps_in_sqrt
+        As in `adam_step`.
+    flush_subnormals, maximize, grad_scale, clip_value, rounding, noise_key
+        As in `adam_step`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sgd_step`.
+
+    Notes
+    -----
+    Loshchilov and Hutter 2019, with the decay multiplied by lr, as PyTorch has it.
+    """
+    cdef Options o
+    take_gradient_options(
+        &o, lr, weight_decay, True, maximize, grad_scale, clip_value, rounding, noise_key
+    )
+    take_eps(&o, eps, eps_in_sqrt, flush_subnormals)
+    step_adam((param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq), &o, step, beta1, beta2)
 
 
 def noise_key(seed, step, index=0):

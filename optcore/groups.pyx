@@ -20,12 +20,15 @@ from optcore.options cimport (
     combine,
     is_fixed,
     name_at,
+    resolved,
     row_at,
     row_named,
     take_row,
     value_of,
 )
 from optcore.rules cimport (
+    ADAM,
+    AMSGRAD,
     MOMENTUM,
     NESTEROV,
     RMSPROP,
@@ -60,6 +63,8 @@ cdef Rule chosen_rule(Rule family, const Options *o) noexcept:
         return RMSPROP_CENTERED_NESTEROV if o.nesterov else RMSPROP_CENTERED_MOMENTUM
     if family == RMSPROP:
         return RMSPROP_NESTEROV if o.nesterov else RMSPROP_MOMENTUM
+    if family == ADAM and o.amsgrad:
+        return AMSGRAD
     return family
 
 
@@ -173,6 +178,7 @@ cdef class Groups:
         """Choose the group's rule by its options, and check them together."""
         cdef str prefix = self.prefix(g)
         group.rule = self._rule if self._rule >= 0 else chosen_rule(self._family, &group.options)
+        group.rule = resolved(group.rule, &group.options.kernel)
         self._check_storage(prefix, group)
         if group.has_float32:
             check_options(group.rule, &group.options, True, prefix)

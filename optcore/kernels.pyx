@@ -9,7 +9,7 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 
 from optcore.arrays cimport UNSTORED, storage_of
-from optcore.options cimport FLAG, INTEGER, combine, default_options, variant_of
+from optcore.options cimport FLAG, INTEGER, combine, default_options, resolved, variant_of
 from optcore.rules cimport MOST_STATES, N_RULES, RULE_ROWS, Scalars
 from optcore.storage cimport (
     BFLOAT16,
@@ -82,6 +82,7 @@ cdef void step(
     if options.size < LEAST_SIZE or options.size > sizeof(o):
         Py_FatalError("optcore: options must be made by optcore_defaults() or make_options()")
     memcpy(&o, options, options.size)   # a caller compiled with fewer has the defaults of the rest
+    rule = resolved(rule, &o)
     scalars = combine(&o)
     gradient = stream_in(&arrays[1])
     t = one_tensor(stream_in(&arrays[0]), n, &gradient, &scalars)

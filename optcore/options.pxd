@@ -3,7 +3,17 @@ from libc.math cimport sqrt
 from libc.stdint cimport uint64_t
 
 from optcore.kernels cimport optcore_options
-from optcore.rules cimport FIRST, LR_IN_VELOCITY, PLAIN, Rule, Scalars, Variant, has_variant
+from optcore.rules cimport (
+    ADAM,
+    ADAMW,
+    FIRST,
+    LR_IN_VELOCITY,
+    PLAIN,
+    Rule,
+    Scalars,
+    Variant,
+    has_variant,
+)
 
 cdef enum Range:
     NONNEGATIVE     # finite, >= 0
@@ -74,6 +84,7 @@ cdef bint is_fixed(object value)
 cdef int take_row(Options *o, int i, object value, str name) except -1
 cdef int take(Options *o, const void *field, object value) except -1
 cdef object value_of(const Options *o, int i)
+cdef double product_of(double beta, uint64_t n) noexcept nogil
 cdef int check_rounding(int i, double x, str name) except -1
 cdef int check_options(
     Rule rule, const Options *o, bint as_float32, str prefix=*
@@ -85,6 +96,14 @@ cdef inline Variant variant_of(Rule rule, const optcore_options *o, bint starts)
     if o.lr_in_velocity and has_variant(rule, LR_IN_VELOCITY):
         return LR_IN_VELOCITY
     return FIRST if starts and o.dampening != 0 and has_variant(rule, FIRST) else PLAIN
+
+
+cdef inline Rule resolved(Rule rule, optcore_options *o) noexcept nogil:
+    """The rule whose loops a rule has; adamw is adam with decoupled decay."""
+    if rule != ADAMW:
+        return rule
+    o.decoupled_weight_decay = True
+    return ADAM
 
 
 cdef inline Scalars combine(const optcore_options *o) noexcept nogil:

@@ -306,6 +306,20 @@ cdef bint is_fixed(object value):
     return value is None or isinstance(value, (Real, np.generic, str))
 
 
+cdef double product_of(double beta, uint64_t n) noexcept nogil:
+    """The product of n times beta from left to right, as an optimizer forms it step by step."""
+    cdef double product = 1
+    while n > 0 and product * beta != product:
+        product *= beta
+        n -= 1
+    return product
+
+
+def running_power(double beta, uint64_t n):
+    """Return the product of n times beta as an optimizer forms it, step by step."""
+    return product_of(beta, n)
+
+
 # Into the struct
 
 cdef int take_row(Options *o, int i, object value, str name) except -1:

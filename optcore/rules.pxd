@@ -178,6 +178,26 @@ cdef inline inlined rmsprop(
         nesterov(variant, x, d / denominator(square, s), velocity, s)
 
 
+cdef extern from *:
+    enum:
+        ADAM "OPTCORE_RULE_adam"
+        ADAMW "OPTCORE_RULE_adamw"      # with decoupled decay, which is not in the rule
+        AMSGRAD "OPTCORE_RULE_amsgrad"
+
+cdef inline inlined adam(
+    const Rule rule, real *x, real d, real *exp_avg, real *exp_avg_sq, real *max_exp_avg_sq,
+    const Scalars *s
+) noexcept nogil:
+    cdef real square
+    exp_avg[0] = <real>s.beta1 * exp_avg[0] + <real>s.beta1_weight * d
+    square = exp_avg_sq[0] = <real>s.beta2 * exp_avg_sq[0] + <real>s.beta2_weight * d * d
+    if rule == AMSGRAD:     # the greater, or a NaN
+        square = max_exp_avg_sq[0] if square <= max_exp_avg_sq[0] else square
+        square = max_exp_avg_sq[0] if max_exp_avg_sq[0] != max_exp_avg_sq[0] else square
+        max_exp_avg_sq[0] = square
+    x[0] = x[0] - <real>s.step_size * exp_avg[0] / denominator(square, s)
+
+
 cdef inline inlined apply_rule(
     const Rule rule, const Variant variant, real *x, real d, real *states, const Scalars *s
 ) noexcept nogil:
@@ -192,6 +212,8 @@ cdef inline inlined apply_rule(
         adagrad(x, d, &states[0], s)
     elif rule == RMSPROP_CENTERED:
         rmsprop(rule, variant, x, d, &states[0], NULL, &states[1], s)
+    elif rule == ADAM or rule == AMSGRAD:
+        adam(rule, x, d, &states[0], &states[1], &states[2], s)
     elif family_of(rule) == RMSPROP:
         rmsprop(rule, variant, x, d, &states[0], &states[1], &states[2], s)
 
@@ -216,6 +238,8 @@ cdef inline Rule family_of(const Rule rule) noexcept nogil:
         return SGD
     if RMSPROP <= rule <= RMSPROP_CENTERED_NESTEROV:
         return RMSPROP
+    if rule == ADAMW or rule == AMSGRAD:
+        return ADAM
     return rule
 
 
@@ -238,9 +262,9 @@ cdef inline bint is_nesterov(const Rule rule) noexcept nogil:
 
 cdef inline bint corrects_bias(const Rule rule) noexcept nogil:
     """Whether a step divides averages that begin at zero by what they lack."""
-    return False
+    return family_of(rule) == ADAM
 
 
 cdef inline bint counts_steps(const Rule rule) noexcept nogil:
     """Whether a step depends on how many its parameter has had."""
-    return rule == ADAGRAD or family_of(rule) == RMSPROP
+    return rule == ADAGRAD or family_of(rule) == RMSPROP or corrects_bias(rule)

@@ -6,8 +6,10 @@ benchmarks take their cases from there.
 """
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +83,7 @@ class Rule:
     sgd_options: dict[str, Any] | None = None   # how the optimizer is told, if it can be
     kind: str = "SGD"                           # which that is
     function: str | None = None                 # in the functional API, if not the rule's name
+    decouples: bool = False                     # its weight decay is always decoupled
 
     @property
     def id(self) -> str:
@@ -269,6 +272,43 @@ for momentum_of, right, centered in itertools.product(
 ):
     if momentum_of or not right:
         enter_rmsprop(momentum_of, right, centered)
+
+
+def product(beta, n):
+    """Return the product of n times beta from left to right."""
+    return functools.reduce(operator.mul, [beta] * n, 1.0)
+
+
+def step_by_adam(x, d, exp_avg, exp_avg_sq, o, maximum=None):
+    real = x.dtype.type
+    corrections = [1 - (0 if o.step is None else product(beta, o.step))
+                   for beta in (o.beta1, o.beta2)]
+    exp_avg = real(o.beta1) * exp_avg + real(1 - o.beta1) * d
+    square = exp_avg_sq = real(o.beta2) * exp_avg_sq + real(1 - o.beta2) * d * d
+    if maximum is not None:
+        stays = (exp_avg_sq <= maximum) | np.isnan(maximum)
+        square = maximum = np.where(stays, maximum, exp_avg_sq)
+    x = x - real(o.lr / corrections[0]) * exp_avg / denominator(square, o, corrections[1])
+    return x, exp_avg, exp_avg_sq, maximum
+
+
+ADAM = {"states": ("exp_avg", "exp_avg_sq"), "scalars": ("beta1", "beta2", "eps", "step")}
+
+
+@rule("adam", label="Adam", kind="Adam", sgd_options={}, **ADAM)
+def adam(x, d, exp_avg, exp_avg_sq, o):
+    return step_by_adam(x, d, exp_avg, exp_avg_sq, o)[:3]
+
+
+@rule("adamw", label="AdamW", kind="AdamW", sgd_options={}, decouples=True, **ADAM)
+def adamw(x, d, exp_avg, exp_avg_sq, o):
+    return step_by_adam(x, d, exp_avg, exp_avg_sq, o)[:3]
+
+
+@rule("amsgrad", label="AMSGrad", kind="Adam", function="adam", sgd_options={"amsgrad": True},
+      **ADAM | {"states": (*ADAM["states"], "max_exp_avg_sq")})
+def amsgrad(x, d, exp_avg, exp_avg_sq, max_exp_avg_sq, o):
+    return step_by_adam(x, d, exp_avg, exp_avg_sq, o, max_exp_avg_sq)
 
 
 def flushed(state):

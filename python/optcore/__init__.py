@@ -5,10 +5,12 @@ from optcore._config import get_include as get_include
 from optcore._config import show_config as show_config
 from optcore._version import __version__ as __version__
 from optcore.adaptive import AdaGrad as AdaGrad
+from optcore.adaptive import Adam as Adam
+from optcore.adaptive import AdamW as AdamW
 from optcore.adaptive import RMSProp as RMSProp
 from optcore.arrays import bfloat16 as bfloat16
 from optcore.checkpoint import CheckpointError as CheckpointError
-from optcore.functional import *  # noqa: F403 - one function for each rule, and nothing else
+from optcore.functional import *  # noqa: F403 - the step functions, and nothing else
 from optcore.rows import Rows as Rows
 from optcore.runtime import get_num_threads as get_num_threads
 from optcore.runtime import set_num_threads as set_num_threads

@@ -206,3 +206,138 @@ class RMSProp(Optimizer, RMSPropOptions):
         grads: Any = None,
     ) -> None:
         self._construct(locals())
+
+
+class AdamOptions(AdaptiveOptions):
+    """Those of `optcore.Adam` and `optcore.AdamW`."""
+
+    __slots__ = ()
+
+    beta1 = GroupOption()
+    beta2 = GroupOption()
+    amsgrad = GroupOption()
+
+
+@documented
+class Adam(Optimizer, AdamOptions):
+    """Adam over a whole model in place, or AMSGrad.
+
+    ``m = β₁·m + (1 - β₁)·d; v = β₂·v + (1 - β₂)·d·d; x = x - α·m̂ / (√v̂ + ε)`` with
+    ``m̂ = m / (1 - β₁ᵗ)`` and ``v̂ = v / (1 - β₂ᵗ)``, m and v being the states ``"exp_avg"`` and
+    ``"exp_avg_sq"``. t counts the steps of each parameter for itself, and the powers are products
+    over them in float64, of what β₁ and β₂ were.
+
+    Parameters
+    ----------
+    params : array, sequence, mapping or nest of arrays, or list of group dictionaries
+        As for `optcore.SGD`; options with a star may differ from group to group.
+    lr : float >= 0 or schedule, default 1e-3
+        Learning rate α*.
+    beta1 : float in [0, 1) or schedule, default 0.9
+        β₁*.
+    beta2 : float in [0, 1) or schedule, default 0.999
+        β₂*.
+    eps : float >= 0 or schedule, default 1e-8
+        ε*.
+    weight_decay : float >= 0 or schedule, default 0
+        λ*: added to the gradient as λ·param, unless `decoupled_weight_decay`.
+    amsgrad : bool, default False
+        Divide by the root of the greatest v there was*, ``"max_exp_avg_sq"``.
+    {common}
+
+    Notes
+    -----
+    Kingma and Ba 2015; Reddi, Kale and Kumar 2018 (AMSGrad); CS231n (2017), lecture 7, with
+    ``eps=1e-7``. Options and their defaults are those of ``torch.optim.Adam``, whose ``betas`` are
+    ``(beta1, beta2)``.
+
+    Examples
+    --------
+    >>> import numpy as np, optcore
+    >>> x = np.zeros(2, np.float32)
+    >>> opt = optcore.Adam(x, lr=0.5)
+    >>> opt.step(np.array([1e-3, 1e3], np.float32))
+    True
+    >>> x
+    array([-0.499995, -0.5     ], dtype=float32)
+    """
+
+    __slots__ = ()
+
+    _family = "adam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Schedule = 1e-3,
+        beta1: float | Schedule = 0.9,
+        beta2: float | Schedule = 0.999,
+        eps: float | Schedule = 1e-8,
+        weight_decay: float | Schedule = 0.0,
+        amsgrad: bool = False,
+        *,
+        eps_in_sqrt: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        clip_value: float | Schedule | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
+        ema_decay: float | Schedule | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        grads: Any = None,
+    ) -> None:
+        self._construct(locals())
+
+
+@documented
+class AdamW(Adam):
+    """`optcore.Adam` with decoupled weight decay, ``x = x·(1 - α·λ)`` before the rule.
+
+    Parameters
+    ----------
+    params, lr, beta1, beta2, eps, amsgrad
+        As for `optcore.Adam`.
+    weight_decay : float >= 0 or schedule, default 1e-2
+        λ*.
+    {common}
+
+    Notes
+    -----
+    Loshchilov and Hutter 2019. Options and their defaults are those of ``torch.optim.AdamW``.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Schedule = 1e-3,
+        beta1: float | Schedule = 0.9,
+        beta2: float | Schedule = 0.999,
+        eps: float | Schedule = 1e-8,
+        weight_decay: float | Schedule = 1e-2,
+        amsgrad: bool = False,
+        *,
+        eps_in_sqrt: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        clip_value: float | Schedule | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
+        ema_decay: float | Schedule | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        grads: Any = None,
+    ) -> None:
+        self._construct(locals())

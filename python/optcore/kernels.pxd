@@ -25,6 +25,9 @@ cdef extern from "optcore.h":
         OPTCORE_RULE_rmsprop_centered
         OPTCORE_RULE_rmsprop_centered_momentum
         OPTCORE_RULE_rmsprop_centered_nesterov
+        OPTCORE_RULE_adam
+        OPTCORE_RULE_adamw              # adam with decoupled_weight_decay
+        OPTCORE_RULE_amsgrad
 
     # Start from optcore_defaults() and set what differs.
     ctypedef struct optcore_options:

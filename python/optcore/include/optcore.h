@@ -53,7 +53,10 @@ extern "C" {
     RULE_2(rmsprop_nesterov, square_avg, velocity) \
     RULE_2(rmsprop_centered, square_avg, grad_avg) \
     RULE_3(rmsprop_centered_momentum, square_avg, velocity, grad_avg) \
-    RULE_3(rmsprop_centered_nesterov, square_avg, velocity, grad_avg)
+    RULE_3(rmsprop_centered_nesterov, square_avg, velocity, grad_avg) \
+    RULE_2(adam, exp_avg, exp_avg_sq) \
+    RULE_2(adamw, exp_avg, exp_avg_sq) \
+    RULE_3(amsgrad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 #define OPTCORE_NUMBER_0(rule) OPTCORE_RULE_##rule,
 #define OPTCORE_NUMBER_1(rule, s) OPTCORE_RULE_##rule,
