@@ -13,7 +13,7 @@ from shapes import MODELS, TRAININGS
 import optcore
 import reference
 
-RULES = reference.RULES_BY_ID
+RULES = {rule.id: rule for rule in reference.LINEAR}
 # What pictures and short tables show: the convention of most libraries.
 SHOWN = [job for job, rule in RULES.items() if not rule.lr_in_velocity]
 

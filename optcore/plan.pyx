@@ -1114,10 +1114,9 @@ cdef object take_state(Plan self, object groups, object entries, object rest):
         for name, arrays in zip((*self._state_names, "ema"), (*self._states, self._averages)):
             if arrays is not None:
                 check_saved(entry.get(name), arrays[i], f"state[{i}][{name!r}]")
-    started = any([entry.get(name) is not None
-                   for entry in entries for name in self._state_names])
     new = {k: tuple(self._state_like(k, list(range(self._n))))
-           for k, arrays in enumerate(self._states) if started and arrays is None}
+           for k, (name, arrays) in enumerate(zip(self._state_names, self._states))
+           if arrays is None and any([entry.get(name) is not None for entry in entries])}
     own = dict(zip((*self._state_names, "ema"), (*self._states, self._averages)))
     own.update({self._state_names[k]: arrays for k, arrays in new.items()})
     entries = [{key: converted(value, <ndarray>own[key][i]) if own.get(key) is not None else value

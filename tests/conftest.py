@@ -30,11 +30,23 @@ _cases = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
+    parser.addoption("--apart", action="store_true",
+                     help="run what else runs in a process of its own, and only that")
     parser.addoption("--times", type=int, default=1, help="so many times the random cases of bits")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "apart: is run by a process beside, see begin_apart")
     config.stash[_cases] = {"compared": 0, "mismatched": 0}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the tests that run apart to the process that runs those."""
+    chosen = config.getoption("--apart")
+    left_out = [item for item in items if (item.get_closest_marker("apart") is None) is chosen]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_sessionfinish(session):
@@ -63,6 +75,13 @@ def cases(request):
             pytest.fail(str(message() if callable(message) else message))
 
     return compare
+
+
+@pytest.fixture
+def count_cases(request):
+    """Count so many cases more that agreed."""
+    count = request.config.stash[_cases]
+    return lambda n: count.update(compared=count["compared"] + n)
 
 
 @pytest.fixture
@@ -252,9 +271,26 @@ def federation(request):
     return output
 
 
+def begin_apart(factory):
+    """The tests that are marked so, on the other core."""
+    out = factory.mktemp("apart") / "report"
+    with out.open("w") as report:
+        return out, subprocess.Popen(
+            [sys.executable, "-m", "pytest", "--apart", "-q", "-p", "no:cacheprovider", str(TESTS)],
+            cwd=TESTS.parent, text=True, stdout=report, stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.fixture(scope="session")
+def apart(request):
+    """The status and the report of the tests that run apart."""
+    out, process = request.config.stash[_begun]["apart"]
+    return process.wait(timeout=290), out.read_text()
+
+
 BEGINNINGS = {
     "gallery": begin_gallery, "build": begin_builds, "site": begin_site, "types": begin_types,
-    "federation": begin_federation,
+    "federation": begin_federation, "apart": begin_apart,
 }
 
 

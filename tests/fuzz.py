@@ -37,7 +37,7 @@ from optcore.runtime import always_threaded, simd, simd_levels_available
 from reference import (
     BFLOAT16,
     FRACTION_BITS,
-    RULES,
+    LINEAR,
     Options,
     rounded,
     type_name,
@@ -1591,7 +1591,7 @@ class Life:
 
     def function(self):
         """A step of the functional API over arrays of its own."""
-        rule, p = self.one_of(*RULES), self.array()
+        rule, p = self.one_of(*LINEAR), self.array()
         beside = ["float64"] if p.dtype == np.float64 else IN_FLOAT32
         g, *states = (self.laid(self.values(p.shape, self.one_of(*beside)), p, "as p")
                       for _ in ("g", *rule.states))

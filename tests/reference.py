@@ -102,6 +102,8 @@ class Rule:
 
         Those of half types are widened before it and rounded after it.
         """
+        if self.decouples:
+            o = replace(o, decoupled_weight_decay=True)
         names, param = [type_name(a) for a in (x, *states)], x
         x, g, *states = map(widened, (x, g, *states))
         with np.errstate(all="ignore"):     # the engine does not warn either
@@ -138,6 +140,8 @@ class Rule:
             key: value for key, value in vars(o).items()
             if value != getattr(default, key) or key in self.scalars
         }
+        if self.decouples:
+            del keywords["decoupled_weight_decay"]
         if o.dampening and not o.dampen_first:
             keywords["first_step"] = o.first_step       # must be said
         if "nesterov" in self.name and self.function:       # which serves several rules
@@ -149,9 +153,17 @@ class Rule:
         arrays = dict(zip(self.states, states, strict=True))
         self.entry(x, g, **arrays, **self.keywords(o), **rounding)
 
+    def known(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options without SGD's that this rule's optimizer does not have."""
+        own = GROUP_OPTIONS[getattr(optcore, self.kind)._family]
+        return {name: value for name, value in options.items()
+                if (name not in SGD_OPTIONS or name in own)
+                and not (self.decouples and name == "decoupled_weight_decay")}
+
     def optimizer(self, params, *arguments, base=None, **options):
         """Build the whole-model optimizer, of the class `base`."""
         base = base or getattr(optcore, self.kind)
+        options = self.known(options)
         if self.sgd_options is None:
             base = type(base.__name__, (base,), {"_rule": self.name})
         return base(params, *arguments, **(self.sgd_options or {}), **options)
@@ -159,6 +171,7 @@ class Rule:
 
 RULES: list[Rule] = []
 RULES_BY_ID: dict[str, Rule] = {}
+LINEAR: list[Rule] = []                 # those of SGD, linear in the gradient
 
 
 def rule(name, *, label=None, lr_in_velocity=False, **row):
@@ -172,6 +185,8 @@ def rule(name, *, label=None, lr_in_velocity=False, **row):
     def enter(equation):
         RULES.append(Rule(name, equation, label, lr_in_velocity=lr_in_velocity, **row))
         RULES_BY_ID[RULES[-1].id] = RULES[-1]
+        if not RULES[-1].is_adaptive:
+            LINEAR.append(RULES[-1])
         return equation
 
     return enter
@@ -300,7 +315,8 @@ def adam(x, d, exp_avg, exp_avg_sq, o):
     return step_by_adam(x, d, exp_avg, exp_avg_sq, o)[:3]
 
 
-@rule("adamw", label="AdamW", kind="AdamW", sgd_options={}, decouples=True, **ADAM)
+@rule("adamw", label="AdamW", kind="AdamW", sgd_options={}, decouples=True,
+      **ADAM | {"scalars": (*ADAM["scalars"], "weight_decay", "decoupled_weight_decay")})
 def adamw(x, d, exp_avg, exp_avg_sq, o):
     return step_by_adam(x, d, exp_avg, exp_avg_sq, o)[:3]
 
@@ -309,6 +325,12 @@ def adamw(x, d, exp_avg, exp_avg_sq, o):
       **ADAM | {"states": (*ADAM["states"], "max_exp_avg_sq")})
 def amsgrad(x, d, exp_avg, exp_avg_sq, max_exp_avg_sq, o):
     return step_by_adam(x, d, exp_avg, exp_avg_sq, o, max_exp_avg_sq)
+
+
+def nonnegative(rule, states):
+    """Return states as they can be: of squares there are none below zero."""
+    return [np.abs(state) if "sq" in name else state
+            for name, state in zip(rule.states, states, strict=True)]
 
 
 def flushed(state):

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optcore.runtime import simd, simd_levels_available
-from reference import RULES, Options, same_bits
+from reference import RULES, Options, nonnegative, same_bits
 
 LENGTHS = [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 65537]
 DTYPES = ["float32", "float64"]
 LINE = 64
 CANARY = 0xA5
 
-by_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+by_rule = pytest.mark.parametrize("rule", [
+    pytest.param(rule, id=rule.id, marks=[pytest.mark.apart] * rule.is_adaptive) for rule in RULES])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -84,11 +85,19 @@ def all_options(rule):
     one with `dampen_first`.
     """
     decays = [(0.0, False), (0.01, False), (0.01, True)]
+    if rule.decouples:
+        decays = [(0.0, True), (0.01, True)]
     dampenings = [(0.0, False)]
     if rule.dampens:
         dampenings += [(0.25, False), (0.25, True)]
     turns = itertools.cycle(        # five: no other number here is, so that all pairs meet
         [(False, False), (True, True), (False, True), (True, False), (True, True)])
+    adaptive = itertools.cycle([{}])
+    if rule.is_adaptive:            # seven, likewise
+        adaptive = itertools.cycle([
+            {"eps_in_sqrt": inside, **({"step": step} if "step" in rule.scalars else {})}
+            for inside, step in [(False, 1), (True, 2), (True, 1000), (False, None), (True, 1),
+                                 (False, 7), (True, None)]])
     for (decay, decoupled), maximize, scale, clip, (dampening, first) in itertools.product(
         decays, [False, True], [1.0, 0.3], [None, 0.5], dampenings
     ):
@@ -105,15 +114,17 @@ def all_options(rule):
             first_step=first or dampen_first,
             dampen_first=dampen_first,
             flush_subnormals=flush and bool(rule.states),
+            **next(adaptive),
         )
 
 
 def draw(rule, rng, shape, dtype, order="C"):
     """Return a parameter, a gradient and the rule's states."""
-    return [
+    x, g, *states = [
         np.array(rng.standard_normal(shape), dtype, order=order)
         for _ in ("x", "g", *rule.states)
     ]
+    return [x, g, *(np.asarray(state, order=order) for state in nonnegative(rule, states))]
 
 
 def draw_tiny(rule, rng, n, dtype):
@@ -181,7 +192,7 @@ def test_many_steps_stay_equal(rule, dtype, rng, cases, simd_level):
         cases(all(
             step_agrees(rule, x, g if k < 3 else zero, states, options) for k in range(1000)
         ))
-        if dtype == "float32":
+        if dtype == "float32" and not rule.is_adaptive:
             assert all(bool(v.any()) is not flush for v in states)
 
 
@@ -215,8 +226,7 @@ fraction = st.floats(0, 0.96875, width=32).filter(lambda value: value == 0 or va
     seed=st.integers(0, 2**32 - 1),
 )
 def test_anything(rule, dtype, level, n, starts, options, exponents, seed):
-    if not rule.has_momentum:
-        options = replace(options, momentum=0.0)
+    options = replace(options, momentum=options.momentum or 0.5 if rule.has_momentum else 0.0)
     if not rule.dampens:
         options = replace(options, dampening=0.0, first_step=False, dampen_first=False)
     if not rule.states:
@@ -226,5 +236,6 @@ def test_anything(rule, dtype, level, n, starts, options, exponents, seed):
         (rng.standard_normal(n + start) * 10.0 ** rng.integers(*exponents)).astype(dtype)[start:]
         for start in starts[: 2 + len(rule.states)]
     )
+    states = nonnegative(rule, states)
     with simd(level):
         assert step_agrees(rule, x, g, states, options)

@@ -26,7 +26,8 @@ import pytest
 
 import optcore
 from optcore import checkpoint
-from reference import BFLOAT16, RULES, rounded, same_bits, split, widened
+from reference import BFLOAT16, rounded, same_bits, split, widened
+from test_bits import by_rule
 
 SHAPES = [(), (7,), (0,), (3, 5), (33, 4)]
 
@@ -56,7 +57,7 @@ def assert_same_optimizers(a, b):
 
 
 @pytest.mark.parametrize("include_params", [False, True])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+@by_rule
 def test_resuming_gives_the_same_bits(rule, include_params, rng, tmp_path):
     """Two groups, names, float32 and float64, late first steps, every sweep option."""
     path = tmp_path / "run.safetensors"
@@ -64,6 +65,7 @@ def test_resuming_gives_the_same_bits(rule, include_params, rng, tmp_path):
         "momentum": 0.9 if rule.has_momentum else 0.0,
         "dampening": 0.25 if rule.dampens else 0.0, "weight_decay": 0.1,
     }
+    options = rule.known(options)
 
     def groups(flat):
         half = len(flat) // 2

@@ -19,7 +19,7 @@ from conftest import CXX, EXAMPLES, HAS_CXX
 
 import optcore
 from optcore import kernels
-from reference import RULES, RULES_BY_ID, Options, rounded, same_bits, widened
+from reference import RULES, RULES_BY_ID, Options, nonnegative, product, rounded, same_bits, widened
 from test_bits import all_options, by_dtype, by_rule, draw_tiny
 
 HEADER = Path(optcore.get_include(), "optcore.h")
@@ -42,6 +42,10 @@ def options_array(rule, o):
               "clip_value": np.inf if o.clip_value is None else o.clip_value}
     if fields.pop("dampen_first"):
         fields["first_step"] = False
+    step = fields.pop("step")
+    if "step" in rule.scalars and step is not None:
+        for beta in ("beta1", "beta2"):
+            fields[f"{beta}_power"] = product(fields[beta], step)
     return kernels.make_options(**fields)
 
 
@@ -145,6 +149,8 @@ def test_any_storage(step_stored, rule, rng, cases):
             names = [param, grad, *[state] * len(rule.states)]
             x, g, *states = (rounded(rng.standard_normal(700).astype(np.float32), name)
                              for name in names)
+            if rule.is_adaptive:
+                states = [rounded(a, names[2]) for a in nonnegative(rule, map(widened, states))]
             new_x, new_states = rule.reference(x, g, states, o, "stochastic", 99)
             for part in (slice(0, 512), slice(512, 700)):
                 arrays = [a[part] for a in (x, g, *states)]

@@ -128,7 +128,8 @@ def same_bits_as_one_process(comm):
         options = {**options, "lr": 0.1, "momentum": 0.9 if rule.has_momentum else 0.0,
                    "dampening": 0.25 if rule.dampens else 0.0}
         ours, theirs = model(), model()
-        opt = rule.optimizer(grouped(ours), comm, base=cls, **options)
+        base = getattr(optcore.mpi, cls.__name__.replace("SGD", rule.kind))
+        opt = rule.optimizer(grouped(ours), comm, base=base, **options)
         one = rule.optimizer(grouped(theirs), **options)
         for k in range(3):
             sets = [named(gradients(k, rank)) for rank in range(comm.size)]

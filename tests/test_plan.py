@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from test_sgd import everything
 import optcore
 from optcore.runtime import always_threaded, simd, simd_levels_available
 from reference import RULES, RULES_BY_ID, Options, averaged, same_bits
+from test_bits import by_rule
 
 CHUNK, LANES = 8192, 16
 SIZES = [1, 255, 0, 8192, 8193, 40_000, 3, 16_384]
@@ -67,7 +69,7 @@ class Reference:
         self.params = [p.copy() for p in params]
         self.states = [[np.zeros_like(p) for _ in rule.states] for p in params]
         self.averages = [p.copy() for p in params]
-        self.first = [True] * len(params)
+        self.steps = [0] * len(params)
 
     def step(self, grads, grad_scale=1.0):
         self.grad_norm = norm(grads, grad_scale)
@@ -76,9 +78,9 @@ class Reference:
         for i, g in enumerate(grads):
             if g is None:
                 continue
+            self.steps[i] += 1
             options = Options(**{**vars(self.options), "grad_scale": grad_scale,
-                                 "first_step": self.first[i]})
-            self.first[i] = False
+                                 "first_step": self.steps[i] == 1, "step": self.steps[i]})
             self.params[i], self.states[i] = self.rule.reference(
                 self.params[i], g, self.states[i], options
             )
@@ -87,17 +89,20 @@ class Reference:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+@by_rule
 def test_pipeline(rule, dtype, rng, threads, simd_level, cases):
     """Everything at once, on every thread count and level."""
     options = Options(
         lr=0.05, momentum=0.9 if rule.has_momentum else 0.0, weight_decay=5e-4,
         maximize=threads == 2, decoupled_weight_decay=threads == 3,
     )
+    if rule.is_adaptive:
+        options = replace(options, eps_in_sqrt=threads == 7)
     params = model(rng, dtype=dtype)
     reference = Reference(rule, params, options, max_norm=1.0, ema_decay=0.99)
+    own = {"eps": 1e-8, "eps_in_sqrt": options.eps_in_sqrt} if rule.is_adaptive else {}
     opt = rule.optimizer(
-        params, lr=0.05, momentum=options.momentum, weight_decay=5e-4,
+        params, **own, lr=0.05, momentum=options.momentum, weight_decay=5e-4,
         maximize=options.maximize, decoupled_weight_decay=options.decoupled_weight_decay,
         max_norm=1.0, ema_decay=0.99,
     )

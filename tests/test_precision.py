@@ -16,6 +16,7 @@ from reference import (
     RULES,
     noise,
     noise_key,
+    nonnegative,
     rounded,
     same_bits,
     split,
@@ -112,7 +113,9 @@ def test_storages(kinds, rounding, rng, cases, times):
         if rounding == "stochastic":
             how["noise_key"] = int(rng.integers(2**63))
         names = [*kinds[:2], *[kinds[2]] * len(rule.states)]
-        placed = [Placed(made(rng.standard_normal(n), name)) for name in names]
+        x, g, *states = (rng.standard_normal(n) for _ in names)
+        drawn = x, g, *nonnegative(rule, states)
+        placed = [Placed(made(values, name)) for values, name in zip(drawn, names, strict=True)]
         where = each_then_all(placed, (0,) * len(placed))[rng.integers(9) :: 9]
         compare(rule, options[rng.integers(len(options))], placed, where, cases, **how)
 

@@ -21,7 +21,7 @@ from twin import Twin, draw, everything, frozen
 import optcore
 from optcore import Rows
 from optcore.runtime import always_threaded, simd, simd_levels_available
-from reference import RULES, same_bits, type_name
+from reference import LINEAR, same_bits, type_name
 
 KINDS = ["float32", "float64", *HALVES]
 by_lazy = pytest.mark.parametrize("lazy", ["exact", "rows"])
@@ -82,7 +82,7 @@ def groups_of_every_kind():
     decays = [{}, {"weight_decay": DECAY},
               {"weight_decay": DECAY, "decoupled_weight_decay": True}]
     dampenings = itertools.cycle([(0.0, False), (0.25, False), (0.0, True), (0.25, True)])
-    for rule in RULES:
+    for rule in LINEAR:
         if rule.sgd_options is None:
             continue
         for options, decay in itertools.product(schedules_for(rule), decays):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import optcore
-from reference import RULES, RULES_BY_ID, Options, same_bits
+from reference import GROUP_OPTIONS, RULES_BY_ID, Options, same_bits
+from test_bits import by_rule
 
 SHAPES = [(), (7,), (0,), (3, 5), (33, 4, 2), (1000,)]
 
@@ -25,17 +26,17 @@ class Model:
         self.rule, self.options = rule, options
         self.params = [p.copy() for p in params]
         self.states = [[np.zeros_like(p) for _ in rule.states] for p in params]
-        self.started = [False] * len(params)
+        self.steps = [0] * len(params)
 
     def step(self, grads, **changes):
         for i, g in enumerate(grads):
             if g is None:
                 continue
-            options = Options(**{**vars(self.options), **changes,
-                                 "first_step": not self.started[i]})
+            self.steps[i] += 1
+            options = Options(**{**vars(self.options), **changes, "step": self.steps[i],
+                                 "first_step": self.steps[i] == 1})
             self.params[i], self.states[i] = self.rule.reference(
                 self.params[i], g, self.states[i], options)
-            self.started[i] = True
 
 
 def assert_same(params, model):
@@ -59,12 +60,13 @@ def everything(opt):
 
 
 def sgd(params, rule, options, **more):
-    keywords = {k: v for k, v in vars(options).items() if k not in ("grad_scale", "first_step")}
+    own = GROUP_OPTIONS[getattr(optcore, rule.kind)._family]
+    keywords = {k: v for k, v in vars(options).items() if k in own}
     return rule.optimizer(params, **keywords, **more)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+@by_rule
 def test_steps_with_every_option(rule, dtype, rng, simd_level, cases):
     for decay, decoupled, maximize, clip, dampening in itertools.product(
         [0.0, 0.01], [False, True], [False, True], [None, 0.5],
@@ -192,7 +194,7 @@ def test_a_first_step_is_another_only_where_it_is_dampened(dtype, lr_in_velocity
     assert same_bits(x, y)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+@by_rule
 def test_signed_zeros_at_the_first_steps(rule):
     """0.9 * 0 + -0 is 0, and -0 - 0 is not -0 - -0."""
     options = Options(momentum=0.9 if rule.has_momentum else 0.0)
@@ -293,7 +295,7 @@ def test_array_kinds_that_work(tmp_path, rng):
 
 # State
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+@by_rule
 def test_state_dict_goes_on_with_the_same_bits(rule, rng):
     options = Options(momentum=0.9 if rule.has_momentum else 0.0,
                       dampening=0.5 if rule.dampens else 0.0)

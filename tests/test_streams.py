@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_embedding import number_of
 
-from reference import RULES, RULES_BY_ID, Options, averaged, same_bits
+from reference import LINEAR, RULES_BY_ID, Options, averaged, same_bits
 
 # Around the sweep's blocks of 256 and chunks of 8192
 LENGTHS = [0, 1, 15, 16, 17, 255, 256, 257, 1000, 8193]
 TYPES = ["float32", "float64"]
 # A variant is chosen by options, not by how an array is stored
-PLAIN = [rule for rule in RULES if not rule.lr_in_velocity]
+PLAIN = [rule for rule in LINEAR if not rule.lr_in_velocity]
 
 
 @pytest.fixture

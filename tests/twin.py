@@ -11,6 +11,7 @@ import optcore
 from reference import (
     FRACTION_BITS,
     RULES_BY_ID,
+    SGD_OPTIONS,
     Options,
     accumulated,
     added,
@@ -27,7 +28,7 @@ from reference import (
     widened,
 )
 
-OPTIONS = [name for name in vars(Options()) if name not in ("grad_scale", "first_step")]
+OPTIONS = [name for name in vars(Options()) if name in SGD_OPTIONS]
 
 
 def draw(rng, *shapes, dtype=np.float32, order="C"):

@@ -29,6 +29,7 @@ except (ImportError, RuntimeError) as _missing:  # RuntimeError: mpi4py without 
 from optcore import checkpoint
 from optcore._state import NotFound, State
 from optcore._structure import Group
+from optcore.adaptive import AdaGrad, Adam, AdamW, RMSProp
 from optcore.arrays import has_nonzero, name_of_dtype, widen
 from optcore.groups import GROUP_NOTES, OWN_KEYS
 from optcore.optimizer import Optimizer
@@ -38,7 +39,11 @@ from optcore.rows import Rows
 from optcore.sgd import SGD
 from optcore.structure import Nest
 
-__all__ = ["DataParallelSGD", "LocalSGD", "ShardedSGD"]
+__all__ = [
+    "DataParallelAdaGrad", "DataParallelAdam", "DataParallelAdamW", "DataParallelRMSProp",
+    "DataParallelSGD", "LocalSGD", "ShardedAdaGrad", "ShardedAdam", "ShardedAdamW",
+    "ShardedRMSProp", "ShardedSGD",
+]
 
 # An error of one rank is raised on the others too; elsewhere classes may want other arguments.
 OWN_ERRORS = ("builtins", checkpoint.__name__)
@@ -808,19 +813,68 @@ def _document(kind: type[_Distributed]) -> None:
 
 
 class DataParallelSGD(_DataParallel, SGD):
-    """`optcore.SGD` on the mean of all ranks' gradients, with the state whole on every rank."""
+    """`optcore.SGD` on the mean of all ranks' gradients, the state whole on each."""
+
+    __slots__ = ()
+
+
+class DataParallelAdaGrad(_DataParallel, AdaGrad):
+    """`optcore.AdaGrad` on the mean of all ranks' gradients, the state whole on each."""
+
+    __slots__ = ()
+
+
+class DataParallelRMSProp(_DataParallel, RMSProp):
+    """`optcore.RMSProp` on the mean of all ranks' gradients, the state whole on each."""
+
+    __slots__ = ()
+
+
+class DataParallelAdam(_DataParallel, Adam):
+    """`optcore.Adam` on the mean of all ranks' gradients, the state whole on each."""
+
+    __slots__ = ()
+
+
+class DataParallelAdamW(_DataParallel, AdamW):
+    """`optcore.AdamW` on the mean of all ranks' gradients, the state whole on each."""
 
     __slots__ = ()
 
 
 class ShardedSGD(_Sharded, SGD):
-    """`optcore.SGD` on the mean of all ranks' gradients, with the state split over the ranks."""
+    """`optcore.SGD` on the mean of all ranks' gradients, the state split over them."""
 
     __slots__ = ()
 
 
-for _kind in (DataParallelSGD, ShardedSGD):
-    _document(_kind)
+class ShardedAdaGrad(_Sharded, AdaGrad):
+    """`optcore.AdaGrad` on the mean of all ranks' gradients, the state split over them."""
+
+    __slots__ = ()
+
+
+class ShardedRMSProp(_Sharded, RMSProp):
+    """`optcore.RMSProp` on the mean of all ranks' gradients, the state split over them."""
+
+    __slots__ = ()
+
+
+class ShardedAdam(_Sharded, Adam):
+    """`optcore.Adam` on the mean of all ranks' gradients, the state split over them."""
+
+    __slots__ = ()
+
+
+class ShardedAdamW(_Sharded, AdamW):
+    """`optcore.AdamW` on the mean of all ranks' gradients, the state split over them."""
+
+    __slots__ = ()
+
+
+for _way in (_DataParallel, _Sharded):
+    for _kind in _way.__subclasses__():
+        _document(_kind)
 
 
 class LocalSGD(ShardedSGD):

@@ -23,10 +23,11 @@ import numpy as np
 import optcore
 from optcore import _lookups
 from optcore._state import STORAGE, saved_count
+from optcore.adaptive import AdaGradOptions, RMSPropOptions
 from optcore.arrays import bfloat16, is_bfloat16
 from optcore.groups import GROUP_NOTES
-from optcore.optimizer import Optimizer, SGDOptions
-from optcore.options import CHOICES, GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked
+from optcore.optimizer import AdaptiveOptions, GroupOption, Optimizer, SGDOptions
+from optcore.options import CHOICES, GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked, running_power
 from optcore.pieces import Stepping
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
@@ -266,6 +267,8 @@ class _Optimizer(torch.optim.Optimizer):
     _own_keys: frozenset[str]
     # Of `state`, numbers of a parameter's steps
     _count_keys: tuple[str, ...] = ()
+    # Whether states are there before the first gradient
+    _starts_at_once = False
 
     # GradScaler then leaves unscaling and skipping to step(), by `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
@@ -857,7 +860,7 @@ class _Optimizer(torch.optim.Optimizer):
             for key in self._count_keys if any(key in names for key in held) else ():
                 changed.append((held, key, counts[key][i]))
             if "step" in self._count_keys:
-                entries[i].update(self._count_in(held, f"state[{i}]", groups, i))
+                entries[i].update(self._count_in(held, f"state[{i}]", i))
             for key, old in held.items():
                 where = f"state[{i}][{key!r}]"
                 if key in self._count_keys:
@@ -931,6 +934,9 @@ class _Optimizer(torch.optim.Optimizer):
             or (lent[i] is None and plan._masters[i] is not None)
         ]
         self._places = {owner.param: i for i, owner in enumerate(self._owners)}
+        if self._starts_at_once:
+            self._publish(plan, [i for i in self._waiting if not torch.nn.parameter.is_lazy(
+                self._owners[i].param)])
         self._hook()
         self._seen = self._look()
         self._plan = plan
@@ -943,16 +949,25 @@ class _Optimizer(torch.optim.Optimizer):
         return dict(zip(self._count_keys, columns, strict=False))
 
     def _count_in(
-        self, held: Mapping[str, Any], where: str, groups: list[dict[str, Any]], i: int
+        self, held: Mapping[str, Any], where: str, i: int
     ) -> dict[str, Any]:
         """Return what the plan has of a parameter's steps, as `state` has it.
 
         PyTorch keeps their number alone, to which the group's betas are raised.
         """
         step = held.get("step", 0)
-        step = saved_count({"step": step.item() if isinstance(step, torch.Tensor) else step},
-                           "step", where)
-        return {"step": step}
+        step = step.item() if isinstance(step, torch.Tensor) else step
+        if isinstance(step, float) and step.is_integer():
+            step = int(step)
+        step = saved_count({"step": step}, "step", where)
+        found: dict[str, Any] = {"step": step}
+        for name in self._count_keys[1:]:
+            power = held.get(name)
+            found[name] = (
+                running_power(self._options(self._owners[i].group)[name[: -len("_power")]], step)
+                if power is None else float(power)
+            )
+        return found
 
     def _publish(self, plan: Optimizer, started: list[int]) -> None:
         """Put into `state` what a first gradient has brought into use."""
@@ -970,6 +985,20 @@ class _Optimizer(torch.optim.Optimizer):
                 held[MASTER_KEYS[master.dtype]] = owner.lent(master)
         self._waiting = [i for i in self._waiting if i not in started]
         self._seen = self._look()
+
+
+class _AdamOptions(AdaptiveOptions):
+    """Adam's, by PyTorch's names."""
+
+    betas = GroupOption()
+    amsgrad = GroupOption()
+
+
+_ADAM_OPTIONS = {
+    **{name: default for name, default in GROUP_OPTIONS["adam"].items()
+       if name not in ("beta1", "beta2")},
+    "betas": (0.9, 0.999),
+}
 
 
 class SGD(_Optimizer, SGDOptions):
@@ -1084,6 +1113,294 @@ class SGD(_Optimizer, SGDOptions):
         master: str | None = "auto",
         rounding: str = "stochastic",
         velocity_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
+    ) -> None:
+        self._start(locals())
+
+
+class Adagrad(_Optimizer, AdaGradOptions):
+    """``torch.optim.Adagrad`` in one fused pass over tensors on the CPU.
+
+    Parameters
+    ----------
+    params : iterable of tensors, of (name, tensor) pairs, or of group dictionaries
+        As for `SGD`.
+    lr : float or one-element tensor >= 0, default 1e-2
+        Learning rate*.
+    lr_decay : float >= 0, default 0
+        A parameter's t-th step is taken with ``lr / (1 + (t - 1) * lr_decay)``*.
+    weight_decay : float >= 0, default 0
+        λ*.
+    initial_accumulator_value : float >= 0, default 0
+        What sums of squares begin with*.
+    eps : float >= 0, default 1e-10
+        ε*.
+    maximize, decoupled_weight_decay
+        As in `SGD`, each with a star.
+    foreach, differentiable, fused, capturable : None or False
+        Taken for compatibility, where PyTorch has them; True is refused.
+    eps_in_sqrt, state_dtype, clip_value, flush_subnormals, master, rounding, lazy
+        As in `optcore.AdaGrad`, each with a star.
+    max_norm, skip_nonfinite, ema_decay, seed, step_in_backward
+        As in `SGD`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, RuntimeError
+        As `SGD`.
+
+    Notes
+    -----
+    ``state[param]`` has PyTorch's keys, and states of either class are gone on from by the other.
+    """
+
+    _core = optcore.AdaGrad
+    _group_options = GROUP_OPTIONS["adagrad"]
+    _own_keys = frozenset({"lr", "lr_decay", "initial_accumulator_value", "eps"})
+    _count_keys = ("step",)
+    _starts_at_once = True      # as PyTorch's does, which goes on from no parameter without
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        eps_in_sqrt: bool = False,
+        clip_value: float | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
+    ) -> None:
+        self._start(locals())
+
+
+class RMSprop(_Optimizer, RMSPropOptions):
+    """``torch.optim.RMSprop`` in one fused pass over tensors on the CPU.
+
+    Parameters
+    ----------
+    params : iterable of tensors, of (name, tensor) pairs, or of group dictionaries
+        As for `SGD`.
+    lr : float or one-element tensor >= 0, default 1e-2
+        Learning rate*.
+    alpha : float in [0, 1), default 0.99
+        Decay of the averages*.
+    eps : float >= 0, default 1e-8
+        ε*.
+    weight_decay : float >= 0, default 0
+        λ*.
+    momentum : float in [0, 1), default 0
+        ρ*.
+    centered : bool, default False
+        Divide by the root of the gradients' variance*.
+    maximize, decoupled_weight_decay, nesterov, lr_in_velocity
+        As in `optcore.RMSProp`, each with a star.
+    foreach, differentiable, fused, capturable : None or False
+        Taken for compatibility, where PyTorch has them; True is refused.
+    eps_in_sqrt, state_dtype, clip_value, flush_subnormals, master, rounding, lazy
+        As in `optcore.RMSProp`, each with a star.
+    max_norm, skip_nonfinite, ema_decay, seed, step_in_backward
+        As in `SGD`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, RuntimeError
+        As `SGD`.
+
+    Notes
+    -----
+    ``state[param]`` has PyTorch's keys, and states of either class are gone on from by the other.
+    Where rounding makes a variance negative it counts as 0 here; PyTorch's root of it is NaN.
+    """
+
+    _core = optcore.RMSProp
+    _group_options = GROUP_OPTIONS["rmsprop"]
+    _own_keys = frozenset({"lr", "alpha", "eps", "centered", "momentum"})
+    _count_keys = ("step",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        nesterov: bool = False,
+        lr_in_velocity: bool = False,
+        eps_in_sqrt: bool = False,
+        clip_value: float | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
+    ) -> None:
+        self._start(locals())
+
+
+class Adam(_Optimizer, _AdamOptions):
+    """``torch.optim.Adam`` in one fused pass over tensors on the CPU.
+
+    Parameters
+    ----------
+    params : iterable of tensors, of (name, tensor) pairs, or of group dictionaries
+        As for `SGD`.
+    lr : float or one-element tensor >= 0, default 1e-3
+        Learning rate*.
+    betas : pair of floats in [0, 1), default (0.9, 0.999)
+        β₁ and β₂*.
+    eps : float >= 0, default 1e-8
+        ε*.
+    weight_decay : float >= 0, default 0
+        λ*.
+    amsgrad : bool, default False
+        Divide by the root of the greatest average of squares there was*.
+    maximize, decoupled_weight_decay
+        As in `SGD`, each with a star.
+    foreach, differentiable, fused, capturable : None or False
+        Taken for compatibility, where PyTorch has them; True is refused.
+    eps_in_sqrt, state_dtype, clip_value, flush_subnormals, master, rounding, lazy
+        As in `optcore.Adam`, each with a star.
+    max_norm, skip_nonfinite, ema_decay, seed, step_in_backward
+        As in `SGD`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, RuntimeError
+        As `SGD`.
+
+    Notes
+    -----
+    ``state[param]`` has PyTorch's keys, and states of either class are gone on from by the other.
+    Besides, it has ``"beta1_power"`` and ``"beta2_power"``, the products of what the betas were,
+    by which averages are corrected; PyTorch raises the newest betas to the number of steps, which
+    is the same where they stay. Of a state of PyTorch's the products are formed from those.
+    """
+
+    _core = optcore.Adam
+    _group_options = _ADAM_OPTIONS
+    _own_keys = frozenset({"lr", "betas", "eps", "amsgrad"})
+    _count_keys = ("step", "beta1_power", "beta2_power")
+
+    def _spelled(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+        others = {key: group[key] for key in self._group_options if key != "betas"}
+        return {**others, "beta1": betas[0], "beta2": betas[1]}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        eps_in_sqrt: bool = False,
+        clip_value: float | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
+        lazy: str = "exact",
+        seed: int = 0,
+        step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
+    ) -> None:
+        self._start(locals())
+
+
+class AdamW(Adam):
+    """``torch.optim.AdamW`` in one fused pass over tensors on the CPU.
+
+    Parameters
+    ----------
+    params, lr, betas, eps, amsgrad, maximize
+        As for `Adam`.
+    weight_decay : float >= 0, default 1e-2
+        λ*.
+    decoupled_weight_decay : bool, default True
+        In `Adam` False is the default.
+    foreach, differentiable, fused, capturable : None or False
+        Taken for compatibility, where PyTorch has them; True is refused.
+    eps_in_sqrt, state_dtype, clip_value, flush_subnormals, master, rounding, lazy
+        As in `optcore.Adam`, each with a star.
+    max_norm, skip_nonfinite, ema_decay, seed, step_in_backward
+        As in `SGD`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, RuntimeError
+        As `SGD`.
+    """
+
+    _core = optcore.AdamW
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        eps_in_sqrt: bool = False,
+        clip_value: float | None = None,
+        flush_subnormals: bool = False,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        master: str | None = "auto",
+        rounding: str = "stochastic",
+        state_dtype: Any = None,
         lazy: str = "exact",
         seed: int = 0,
         step_in_backward: bool | torch.nn.parallel.DistributedDataParallel = False,
