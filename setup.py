@@ -29,7 +29,8 @@ NO_FAST_MATH = ["-fno-fast-math", "-fno-unsafe-math-optimizations"]
 # the bits would depend on the CPU. MSVC's /fp:precise does the same for its baseline.
 # -funroll-loops: GCC leaves a vector an iteration otherwise, and the loop's own instructions
 # are felt where a core is shared.
-# -fno-math-errno: a root of what is negative sets errno otherwise, for which it is taken one by one.
+# -fno-math-errno: the root of what is negative sets errno otherwise, for which roots are taken one
+# by one.
 # -fno-tree-loop-distribute-patterns: of a loop that copies one array to four GCC makes four calls
 # of memcpy, which for blocks of a hundred elements take a tenth of a step.
 FLAGS = {

@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: "apart" in getattr(item, "fixturenames", ()))   # waits longest
 
 
 def pytest_sessionfinish(session):

@@ -257,14 +257,14 @@ def adagrad(x, d, square_sum, o):
 
 def enter_rmsprop(momentum, right, centered):
     """Enter RMSProp, by itself or with the momentum of another rule."""
-    other = momentum and RULES_BY_ID[momentum + ("_lr_in_velocity" if right else "")]
+    other = None if momentum is None else RULES_BY_ID[momentum + ("_lr_in_velocity" if right else "")]
     name = "_".join(filter(None, ["rmsprop", centered and "centered", momentum]))
     options = {"centered": True} if centered else {}
 
     @rule(
         name, label=name.replace("rmsprop", "RMSProp").replace("_", " "), lr_in_velocity=right,
-        states=("square_avg", *(["velocity"] if other else []), *(["grad_avg"] if centered else [])),
-        scalars=("alpha", "eps", *(["momentum"] if other else [])), kind="RMSProp",
+        states=("square_avg", *["velocity"] * (other is not None), *["grad_avg"] * centered),
+        scalars=("alpha", "eps", *["momentum"] * (other is not None)), kind="RMSProp",
         function="rmsprop", sgd_options=options | (other.sgd_options if other else {}),
     )
     def rmsprop(x, d, square_avg, *more):
@@ -282,8 +282,8 @@ def enter_rmsprop(momentum, right, centered):
         return x, square_avg, *states
 
 
-for momentum_of, right, centered in itertools.product(
-    [None, "momentum", "nesterov"], [False, True], [False, True]
+for centered, momentum_of, right in itertools.product(
+    [False, True], [None, "momentum", "nesterov"], [False, True]
 ):
     if momentum_of or not right:
         enter_rmsprop(momentum_of, right, centered)

@@ -15,8 +15,10 @@ import pytest
 
 import optcore
 from optcore import checkpoint, kernels
-from optcore.options import CHOICES, KERNEL_OPTIONS, OPTIMIZER_OPTIONS, OPTIONS, REFUSALS
-from reference import RULES_BY_ID, SGD_OPTIONS, Options, averaged, same_bits
+from optcore.options import CHOICES as ALL_CHOICES
+from optcore.options import FAMILIES, KERNEL_OPTIONS, OPTIMIZER_OPTIONS, REFUSALS
+from optcore.options import OPTIONS as ALL_OPTIONS
+from reference import LINEAR, RULES_BY_ID, SGD_OPTIONS, Options, averaged, same_bits
 
 try:
     import torch
@@ -28,6 +30,9 @@ PACKAGE = Path(optcore.__file__).parent
 FUNCTIONS = {
     "sgd": optcore.sgd_step, "momentum": optcore.momentum_step, "nesterov": optcore.nesterov_step,
 }
+# SGD's, whose tests these are; what others have besides is in test_adaptive.py
+OPTIONS = {name: row for name, row in ALL_OPTIONS.items() if "sgd" in row.families}
+CHOICES = {name: values for name, values in ALL_CHOICES.items() if name in OPTIONS}
 FLAGS = [name for name, row in OPTIONS.items() if row.default is False]
 INTEGERS = [name for name, row in OPTIONS.items() if row.range == OPTIONS["seed"].range]
 NUMBERS = [name for name in OPTIONS if name not in (*FLAGS, *INTEGERS, *CHOICES)]
@@ -58,10 +63,20 @@ def draw(rng, dtype=np.float64, shapes=((7,), (3, 5), ())):
 def test_the_table_is_whole():
     assert {**SGD_OPTIONS, **OPTIMIZER_OPTIONS}.keys() | set(NOT_OF_SGD) == OPTIONS.keys()
     assert [name for name, row in OPTIONS.items() if row.holder == "call"] == NOT_OF_SGD
-    offsets = [row.offset for row in OPTIONS.values()]
+    offsets = [row.offset for row in ALL_OPTIONS.values()]
     assert offsets == sorted(set(offsets))
-    assert list(OPTIONS)[: len(KERNEL_OPTIONS)] == list(KERNEL_OPTIONS)
-    assert list(OPTIONS) == [row.name for row in OPTIONS.values()]
+    assert list(ALL_OPTIONS)[: len(KERNEL_OPTIONS)] == list(KERNEL_OPTIONS)
+    assert list(ALL_OPTIONS) == [row.name for row in ALL_OPTIONS.values()]
+    for row in ALL_OPTIONS.values():
+        if row.holder == "optimizer":
+            assert row.families == FAMILIES, "every optimizer has it"
+
+
+def type_of(name, flag="int", integer="uint64_t", number="double"):
+    row = ALL_OPTIONS[name]
+    if row.default is False:
+        return flag
+    return integer if row.range == ALL_OPTIONS["seed"].range else number
 
 
 def fields(text):
@@ -81,12 +96,11 @@ def test_c_fields(file, pattern, flag_type):
     assert folder == PACKAGE
     found = fields(re.search(pattern, (folder / file).read_text(), re.DOTALL)[1])
     assert [(kind, name) for kind, name, _ in found] == [
-        (flag_type if name in FLAGS else "uint64_t" if name in INTEGERS else "double", name)
-        for name in KERNEL_OPTIONS
+        (type_of(name, flag_type), name) for name in KERNEL_OPTIONS
     ]
     for _, name, comment in found:
-        default = 0.0 if name == "lr" else OPTIONS[name].default
-        stated = float(re.match(r"[\w.]+", comment)[0])
+        default = 0.0 if name == "lr" else ALL_OPTIONS[name].default
+        stated = float(re.match(r"[\w.-]+", comment)[0])
         assert stated == (np.inf if default is None else default), name
 
 
@@ -94,17 +108,17 @@ def test_the_struct_of_numpy_and_its_defaults():
     dtype, made = kernels.options_dtype, kernels.make_options()[0]
     assert dtype.names == ("size", *KERNEL_OPTIONS)
     for name, row in KERNEL_OPTIONS.items():
-        kind = np.intc if name in FLAGS else np.uint64 if name in INTEGERS else np.double
+        kind = type_of(name, np.intc, np.uint64, np.double)
         assert dtype.fields[name] == (np.dtype(kind), row.offset)
         default = 0 if name == "lr" else row.default
         assert made[name] == (np.inf if default is None else default)
     assert made["size"] == dtype.itemsize
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, "size", "learning_rate"])
+@pytest.mark.parametrize("name", [*ALL_OPTIONS, "size", "learning_rate"])
 def test_make_options_takes_the_kernels_options(name):
     if name in KERNEL_OPTIONS:
-        value = True if name in FLAGS else 3 if name in INTEGERS else 0.25
+        value = type_of(name, True, 3, 0.25)
         assert kernels.make_options(**{name: value})[0][name] == value
     else:
         with pytest.raises(TypeError, match=f"{', '.join(KERNEL_OPTIONS)}.*got '{name}'"):
@@ -231,7 +245,7 @@ def test_stub_of_make_options():
         if name in OPTIONAL:            # infinity has no literal
             assert default == "..."
         else:
-            expected = 0.0 if name == "lr" else OPTIONS[name].default
+            expected = 0.0 if name == "lr" else ALL_OPTIONS[name].default
             assert same_value(ast.literal_eval(default), expected), name
 
 
@@ -604,7 +618,7 @@ def recorded(values, counts, name):
 
 
 def scheduled_cases():
-    for rule in RULES_BY_ID.values():
+    for rule in LINEAR:
         if rule.sgd_options is None:        # SGD cannot be told to take it
             continue
         names = [name for name in SCHEDULED if (name != "dampening" or rule.dampens)

@@ -27,6 +27,13 @@ def make_options(
     noise_key: int = 0,
     first_element: int = 0,
     stochastic: bool = False,
+    alpha: float = 0.99,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-08,
+    beta1_power: float = 0.0,
+    beta2_power: float = 0.0,
+    eps_in_sqrt: bool = False,
 ) -> NDArray[np.void]: ...
 def make_arrays(
     param: NDArray[Any], grad: NDArray[Any], *states: NDArray[Any], rest: NDArray[Any] | None = None
