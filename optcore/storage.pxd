@@ -182,13 +182,16 @@ ctypedef void (*store_t)(
     const float *, const Stream *, Py_ssize_t, Py_ssize_t, const uint32_t *, int
 ) noexcept nogil
 
-cdef struct Converters:
+# What a SIMD level has compiled apart, to be called
+cdef struct Level:
     load_t load
     store_t store
+    void *plain             # functions of sweep.pyx
+    void *adaptive
 
 
 cdef inline inlined fetch(
-    real *block, const Stream *stream, Py_ssize_t begin, Py_ssize_t n, const Converters c
+    real *block, const Stream *stream, Py_ssize_t begin, Py_ssize_t n, const Level *c
 ) noexcept nogil:
     if sizeof(real) == sizeof(float):
         c.load(<float *>block, stream, begin, n)
@@ -198,7 +201,7 @@ cdef inline inlined fetch(
 
 cdef inline inlined put(
     const real *block, const Stream *stream, Py_ssize_t begin, Py_ssize_t n,
-    const uint32_t *noise, int shift, const Converters c,
+    const uint32_t *noise, int shift, const Level *c,
 ) noexcept nogil:
     if sizeof(real) == sizeof(float):
         c.store(<const float *>block, stream, begin, n, noise, shift)
@@ -208,7 +211,7 @@ cdef inline inlined put(
 
 cdef inline inlined opened(
     real **block, const Stream *stream, Py_ssize_t begin, Py_ssize_t n, real *scratch,
-    const Converters c,
+    const Level *c,
 ) noexcept nogil:
     """Point at n elements as `real`: where they lie, or loaded into scratch."""
     if holds(stream.storage, scratch[0]):
@@ -220,7 +223,7 @@ cdef inline inlined opened(
 
 cdef inline inlined closed(
     const real *block, const Stream *stream, Py_ssize_t begin, Py_ssize_t n,
-    const uint32_t *noise, int shift, const Converters c,
+    const uint32_t *noise, int shift, const Level *c,
 ) noexcept nogil:
     """Bring back what was opened and then written."""
     if not holds(stream.storage, block[0]):

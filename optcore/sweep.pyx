@@ -39,7 +39,7 @@ from optcore.storage cimport (
     FLOAT32,
     FLOAT64,
     SPLIT_BFLOAT16,
-    Converters,
+    Level,
     Storage,
     arithmetic_of,
     closed,
@@ -198,10 +198,10 @@ cdef inline inlined run_flushing(
 
 
 cdef inline inlined run_variant(
-    const Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
+    const bint linear, const Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
     Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
-    if rule >= N_RULES:
+    if rule >= N_RULES or is_linear(rule) != linear:
         return
     if has_variant(rule, LR_IN_VELOCITY) and variant == LR_IN_VELOCITY:
         run_flushing(rule, LR_IN_VELOCITY, x, d, states, at, n, scale, s, last)
@@ -211,43 +211,77 @@ cdef inline inlined run_variant(
         run_flushing(rule, PLAIN, x, d, states, at, n, scale, s, last)
 
 
-cdef inline inlined run_rule(
-    Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
+cdef inline inlined run_rules(
+    const bint linear, Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
     Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
-    """Turn the rule's number into a constant; numbers that no rule has compile to nothing."""
+    """Turn the number of a rule, linear or not, into a constant; others compile to nothing."""
     if rule == 0:
-        run_variant(0, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 0, variant, x, d, states, at, n, scale, s, last)
     elif rule == 1:
-        run_variant(1, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 1, variant, x, d, states, at, n, scale, s, last)
     elif rule == 2:
-        run_variant(2, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 2, variant, x, d, states, at, n, scale, s, last)
     elif rule == 3:
-        run_variant(3, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 3, variant, x, d, states, at, n, scale, s, last)
     elif rule == 4:
-        run_variant(4, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 4, variant, x, d, states, at, n, scale, s, last)
     elif rule == 5:
-        run_variant(5, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 5, variant, x, d, states, at, n, scale, s, last)
     elif rule == 6:
-        run_variant(6, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 6, variant, x, d, states, at, n, scale, s, last)
     elif rule == 7:
-        run_variant(7, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 7, variant, x, d, states, at, n, scale, s, last)
     elif rule == 8:
-        run_variant(8, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 8, variant, x, d, states, at, n, scale, s, last)
     elif rule == 9:
-        run_variant(9, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 9, variant, x, d, states, at, n, scale, s, last)
     elif rule == 10:
-        run_variant(10, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 10, variant, x, d, states, at, n, scale, s, last)
     elif rule == 11:
-        run_variant(11, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 11, variant, x, d, states, at, n, scale, s, last)
     elif rule == 12:
-        run_variant(12, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 12, variant, x, d, states, at, n, scale, s, last)
     elif rule == 13:
-        run_variant(13, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 13, variant, x, d, states, at, n, scale, s, last)
     elif rule == 14:
-        run_variant(14, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 14, variant, x, d, states, at, n, scale, s, last)
     elif rule == 15:
-        run_variant(15, variant, x, d, states, at, n, scale, s, last)
+        run_variant(linear, 15, variant, x, d, states, at, n, scale, s, last)
+
+
+# Rules that are not linear have a function of their own for each level, lest their number of loops
+# weigh on the others.
+ctypedef void (*adaptive_t)(
+    const Tensor *, void *x, const void *d, void **states, Py_ssize_t at, Py_ssize_t n,
+    double scale,
+) noexcept nogil
+
+
+cdef inline inlined run_adaptive(
+    const Tensor *t, void *x, const void *d, void **states, Py_ssize_t at, Py_ssize_t n,
+    double scale,
+) noexcept nogil:
+    if arithmetic_of(t.param.storage) == FLOAT64:
+        run_rules(
+            False, t.rule, t.variant, <double *>x, <const double *>d, <double **>states, at, n,
+            scale, t.scalars, NULL,
+        )
+    else:
+        run_rules(
+            False, t.rule, t.variant, <float *>x, <const float *>d, <float **>states, at, n,
+            <float>scale, t.scalars, NULL,
+        )
+
+
+cdef inline inlined run_rule(
+    const Tensor *t, real *x, const real *d, real **states, Py_ssize_t at, Py_ssize_t n,
+    real scale, const Several *last, const Level *c,
+) noexcept nogil:
+    if is_linear(t.rule):
+        run_rules(True, t.rule, t.variant, x, d, states, at, n, scale, t.scalars, last)
+    else:
+        (<adaptive_t>c.adaptive)(t, x, d, <void **>states, at, n, scale)
 
 
 # The same on bfloat16 where it lies, for what is stepped most: the plain rule of one gradient, what
@@ -425,7 +459,7 @@ cdef inline inlined step_packed(const Tensor *t, Py_ssize_t begin, Py_ssize_t en
 
 cdef inline inlined open_several(
     Several *several, const Tensor *t, int k, const int count, Py_ssize_t begin, Py_ssize_t n,
-    real (*scratch)[BLOCK], real *nothing, const Converters c,
+    real (*scratch)[BLOCK], real *nothing, const Level *c,
 ) noexcept nogil:
     """Open so many gradients from k on; `nothing` stands for those that lack, or is NULL.
 
@@ -489,7 +523,7 @@ cdef inline Py_ssize_t most_at_once(const Tensor *t, real arithmetic) noexcept n
 
 cdef inline inlined add_group(
     real *restrict d, const Tensor *t, int k, const int count, const bint first, Py_ssize_t begin,
-    Py_ssize_t n, real *nothing, const Converters c,
+    Py_ssize_t n, real *nothing, const Level *c,
 ) noexcept nogil:
     cdef real[AT_ONCE][BLOCK] scratch
     cdef Several several
@@ -498,7 +532,7 @@ cdef inline inlined add_group(
 
 
 cdef inline inlined add_before_last(
-    real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, const Converters c
+    real *restrict d, const Tensor *t, Py_ssize_t begin, Py_ssize_t n, const Level *c
 ) noexcept nogil:
     """d = ((w0 * g0 + w1 * g1) + w2 * g2) + … before the last few; w is 1 without weights.
 
@@ -522,7 +556,7 @@ cdef inline inlined add_before_last(
 
 cdef inline inlined before_last(
     real **d, real *sums, Py_ssize_t *first, Py_ssize_t *end, const Tensor *t, Py_ssize_t at,
-    Py_ssize_t n, const Converters c,
+    Py_ssize_t n, const Level *c,
 ) noexcept nogil:
     """Point at what comes before the last few from `at` on, in the sums of elements [first, end).
 
@@ -551,7 +585,7 @@ cdef inline inlined less_mean(
 
 cdef inline inlined add_last(
     real *restrict d, const Tensor *t, const real *restrict x, Py_ssize_t begin, Py_ssize_t n,
-    real *nothing, const Converters c,
+    real *nothing, const Level *c,
 ) noexcept nogil:
     """What takes the gradient's place: the sum, or of an outer step d = x - share * sum."""
     if t.n_grads > AT_ONCE:
@@ -644,7 +678,7 @@ cdef inline inlined give_all(
 
 cdef inline inlined write_back(
     const Tensor *t, Py_ssize_t begin, Py_ssize_t n, bint all_open, real arithmetic,
-    const Converters c,
+    const Level *c,
 ) noexcept nogil:
     """Give every gradient array the parameter as it is now."""
     cdef real[BLOCK] x
@@ -718,13 +752,17 @@ cdef inline Py_ssize_t up_to_line(const void *data, Py_ssize_t n, real arithmeti
     return -<uintptr_t>data % LINE // sizeof(arithmetic)
 
 
-cdef inline bint is_plain(const Tensor *t, real arithmetic) noexcept nogil:
+cdef inline bint is_plain(const Tensor *t) noexcept nogil:
     """Whether its rule's loop is all that is to be done."""
-    return not has_stages(t) and not t.zero_grad and lies_open(t, arithmetic)
+    if has_stages(t) or t.zero_grad:
+        return False
+    if arithmetic_of(t.param.storage) == FLOAT64:
+        return lies_open(t, <double>0)
+    return lies_open(t, <float>0)
 
 
 cdef inline inlined step_plain(
-    const Tensor *t, const real *d, Py_ssize_t begin, Py_ssize_t end
+    const Tensor *t, const real *d, Py_ssize_t begin, Py_ssize_t end, const Level *c
 ) noexcept nogil:
     """Step x[begin:end], whose gradient is d."""
     cdef real *x = <real *>t.param.data + begin
@@ -736,19 +774,28 @@ cdef inline inlined step_plain(
     if n == 0:
         n = end - begin
     while begin < end:
-        run_rule(
-            t.rule, t.variant, x, d, states, begin, n, <real>t.scalars.scale, t.scalars,
-            <const Several *>NULL,
-        )
+        run_rule(t, x, d, states, begin, n, <real>t.scalars.scale, <const Several *>NULL, c)
         x += n
         d += n
         begin += n
         n = end - begin
 
 
+ctypedef void (*plain_t)(const Tensor *, const void *, Py_ssize_t, Py_ssize_t) noexcept nogil
+
+
+cdef inline inlined run_plain(
+    const Tensor *t, const void *d, Py_ssize_t begin, Py_ssize_t end, const Level *c
+) noexcept nogil:
+    if arithmetic_of(t.param.storage) == FLOAT64:
+        step_plain(t, <const double *>d, begin, end, c)
+    else:
+        step_plain(t, <const float *>d, begin, end, c)
+
+
 cdef inline inlined step_blocks(
     const Tensor *t, Py_ssize_t begin, Py_ssize_t end, bint is_open, real arithmetic,
-    const Converters c,
+    const Level *c,
 ) noexcept nogil:
     """Step x[begin:end]; `arithmetic` only names its type, as a template's argument would.
 
@@ -824,7 +871,7 @@ cdef inline inlined step_blocks(
             add_decay(d, x, n, 1 if clips else <real>s.scale, <real>s.weight_decay)
         for k in range(RULE_ROWS[t.rule].n_states):
             opened(&states[k], &t.states[k], begin, n, scratch[k], c)
-        run_rule(t.rule, t.variant, x, d, states, 0, n, scale, s, &last if fuses else NULL)
+        run_rule(t, x, d, states, 0, n, scale, &last if fuses else NULL, c)
         if flushes:
             for k in range(RULE_ROWS[t.rule].n_states):
                 flush(states[k], n)
@@ -851,7 +898,7 @@ cdef inline inlined step_blocks(
 
 cdef inline inlined catch_up(
     const Tensor *t, const Linear *behind, Py_ssize_t begin, Py_ssize_t end, real arithmetic,
-    const Converters c,
+    const Level *c,
 ) noexcept nogil:
     """Apply `behind` to x[begin:end] and its velocity."""
     cdef real[BLOCK] scratch_x
@@ -874,12 +921,12 @@ cdef inline inlined catch_up(
 
 cdef inline inlined step(
     const Tensor *t, const real *d, Py_ssize_t begin, Py_ssize_t end, real arithmetic,
-    const Converters c,
+    const Level *c,
 ) noexcept nogil:
     """Where the step is plain d is the gradient of x[begin:end], else NULL."""
     cdef bint is_open
     if d != NULL:
-        step_plain(t, d, begin, end)
+        (<plain_t>c.plain)(t, d, begin, end)
         return
     is_open = lies_open(t, arithmetic)
     if not is_open and sizeof(real) == sizeof(float) and is_packed(t):
@@ -917,7 +964,7 @@ cdef inline inlined fold(double *lanes, const int half) noexcept nogil:
 
 
 cdef inline Py_ssize_t count_nonfinite(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Level *c
 ) noexcept nogil:
     """Count the non-finite sums of gradients; runs only where a sum of squares was not finite."""
     cdef real d, scratch
@@ -933,7 +980,7 @@ cdef inline Py_ssize_t count_nonfinite(
 
 
 cdef inline inlined squares(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Level *c
 ) noexcept nogil:
     """Fill the partials of the chunks in [begin, end); `begin` is a multiple of CHUNK."""
     cdef double lanes[LANES]
@@ -981,7 +1028,7 @@ cdef inline inlined squares(
 
 
 cdef inline inlined copy(
-    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Converters c
+    const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic, const Level *c
 ) noexcept nogil:
     cdef real[BLOCK] d
     cdef Py_ssize_t i, n
@@ -1061,7 +1108,7 @@ cdef inline const Linear *take_behind(
 
 cdef inline inlined run(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end, real arithmetic,
-    const Converters c,
+    const Level *c,
 ) noexcept nogil:
     """One kind of sweep over [begin, end), or over the rows whose first elements, one row after
     another, lie in it."""
@@ -1071,7 +1118,7 @@ cdef inline inlined run(
     cdef const Linear *behind = t.behind if what == CATCH_UP else NULL
     cdef const real *d = NULL
     cdef bint by_rows = t.rows != NULL
-    cdef bint rule_alone = what == STEP and is_plain(t, arithmetic)
+    cdef bint rule_alone = by_rows and what == STEP and is_plain(t)
     cdef Py_ssize_t k = 0, first = 0, stop = 1
     if by_rows:
         k = first = (begin + t.width - 1) // t.width
@@ -1082,8 +1129,6 @@ cdef inline inlined run(
         one.size = t.width
         if t.past != NULL and what == STEP:
             memset(answers, 0, sizeof(answers))
-    elif rule_alone:
-        d = <const real *>t.grads[0].data + begin
     while k < stop:
         if by_rows:
             if what == STEP:
@@ -1110,8 +1155,12 @@ cdef inline inlined run(
         k += 1
 
 
+cdef inline const void *grad_at(const Tensor *t, Py_ssize_t i) noexcept nogil:
+    return <const char *>t.grads[0].data + i * itemsize_of(t.grads[0].storage)
+
+
 cdef inline inlined run_arithmetic(
-    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end, const Converters c
+    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end, const Level *c
 ) noexcept nogil:
     if arithmetic_of(t.param.storage) == FLOAT64:
         run(what, t, begin, end, <double>0, c)
@@ -1120,6 +1169,19 @@ cdef inline inlined run_arithmetic(
 
 
 # For each SIMD level its functions
+
+cdef Level[N_SIMD_LEVELS] LEVELS = [
+    Level(
+        <load_t>load_baseline, <store_t>store_baseline, <void *>plain_baseline, <void *>adaptive_baseline
+    ),
+    Level(
+        <load_t>load_avx2, <store_t>store_avx2, <void *>plain_avx2, <void *>adaptive_avx2
+    ),
+    Level(
+        <load_t>load_avx512, <store_t>store_avx512, <void *>plain_avx512, <void *>adaptive_avx512
+    ),
+]
+
 
 cdef baseline load_baseline(
     float *block, const Stream *stream, Py_ssize_t begin, Py_ssize_t n
@@ -1134,10 +1196,32 @@ cdef baseline store_baseline(
     store(block, stream, begin, n, noise, shift)
 
 
+cdef baseline adaptive_baseline(
+    const Tensor *t, void *x, const void *d, void **states, Py_ssize_t at, Py_ssize_t n,
+    double scale,
+) noexcept nogil:
+    run_adaptive(t, x, d, states, at, n, scale)
+
+
+cdef baseline plain_baseline(
+    const Tensor *t, const void *d, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    run_plain(t, d, begin, end, &LEVELS[0])
+
+
+cdef baseline others_baseline(
+    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    run_arithmetic(what, t, begin, end, &LEVELS[0])
+
+
 cdef baseline sweep_baseline(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    run_arithmetic(what, t, begin, end, Converters(<load_t>load_baseline, <store_t>store_baseline))
+    if what == STEP and t.rows == NULL and is_plain(t):
+        plain_baseline(t, grad_at(t, begin), begin, end)
+    else:
+        others_baseline(what, t, begin, end)
 
 
 cdef avx2 load_avx2(
@@ -1153,10 +1237,32 @@ cdef avx2 store_avx2(
     store(block, stream, begin, n, noise, shift)
 
 
+cdef avx2 adaptive_avx2(
+    const Tensor *t, void *x, const void *d, void **states, Py_ssize_t at, Py_ssize_t n,
+    double scale,
+) noexcept nogil:
+    run_adaptive(t, x, d, states, at, n, scale)
+
+
+cdef avx2 plain_avx2(
+    const Tensor *t, const void *d, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    run_plain(t, d, begin, end, &LEVELS[1])
+
+
+cdef avx2 others_avx2(
+    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    run_arithmetic(what, t, begin, end, &LEVELS[1])
+
+
 cdef avx2 sweep_avx2(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    run_arithmetic(what, t, begin, end, Converters(<load_t>load_avx2, <store_t>store_avx2))
+    if what == STEP and t.rows == NULL and is_plain(t):
+        plain_avx2(t, grad_at(t, begin), begin, end)
+    else:
+        others_avx2(what, t, begin, end)
 
 
 cdef avx512 load_avx512(
@@ -1172,10 +1278,32 @@ cdef avx512 store_avx512(
     store(block, stream, begin, n, noise, shift)
 
 
+cdef avx512 adaptive_avx512(
+    const Tensor *t, void *x, const void *d, void **states, Py_ssize_t at, Py_ssize_t n,
+    double scale,
+) noexcept nogil:
+    run_adaptive(t, x, d, states, at, n, scale)
+
+
+cdef avx512 plain_avx512(
+    const Tensor *t, const void *d, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    run_plain(t, d, begin, end, &LEVELS[2])
+
+
+cdef avx512 others_avx512(
+    Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    run_arithmetic(what, t, begin, end, &LEVELS[2])
+
+
 cdef avx512 sweep_avx512(
     Sweep what, const Tensor *t, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    run_arithmetic(what, t, begin, end, Converters(<load_t>load_avx512, <store_t>store_avx512))
+    if what == STEP and t.rows == NULL and is_plain(t):
+        plain_avx512(t, grad_at(t, begin), begin, end)
+    else:
+        others_avx512(what, t, begin, end)
 
 
 cdef sweep_t[N_SIMD_LEVELS] SWEEPS = [

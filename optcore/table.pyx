@@ -330,7 +330,7 @@ cdef class Table:
             initial = self._groups.at[self._slots[<Py_ssize_t>i].group].options \
                 .initial_accumulator_value
             if initial != 0 and self._state_names[k] == "square_sum":
-                wide = np.promote_types(state.dtype, np.float32) if state.dtype.kind == "f"                     else np.float32
+                wide = np.float64 if state.dtype == np.float64 else np.float32
                 assign(state, converted(np.full(state.shape, initial, wide), state))
         return states
 

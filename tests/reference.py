@@ -257,7 +257,7 @@ def adagrad(x, d, square_sum, o):
 
 def enter_rmsprop(momentum, right, centered):
     """Enter RMSProp, by itself or with the momentum of another rule."""
-    other = None if momentum is None else RULES_BY_ID[momentum + ("_lr_in_velocity" if right else "")]
+    other = RULES_BY_ID.get(f"{momentum}{'_lr_in_velocity' * right}")
     name = "_".join(filter(None, ["rmsprop", centered and "centered", momentum]))
     options = {"centered": True} if centered else {}
 

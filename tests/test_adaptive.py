@@ -428,7 +428,7 @@ def test_rows(rule, rng, cases):
         y, states = rule.rows_reference(rows, y, g, states, Options(**options, step=k))
         cases(same_bits(x, y))
     exact = rule.optimizer(x, **options)
-    with pytest.raises(ValueError, match="lazy='exact' needs the rule sgd.*lazy='rows'"):
+    with pytest.raises(ValueError, match=r"lazy='exact' needs the rule sgd.*lazy='rows'"):
         exact.step(optcore.Rows([1], np.ones((1, 4), np.float32)))
     assert exact.step_count == 0
     assert exact.state_dict()["state"][0]["step"] == 0

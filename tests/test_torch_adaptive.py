@@ -212,8 +212,8 @@ def test_betas():
         with pytest.raises(error, match="beta"):
             opt.betas = betas
         assert opt.betas == (0.25, 0.5)
+    opt.param_groups[0]["beta1"] = 0.5
     with pytest.raises(TypeError, match="unknown option 'beta1'"):
-        opt.param_groups[0]["beta1"] = 0.5
         opt.step()
 
 
