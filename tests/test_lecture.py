@@ -12,7 +12,9 @@ for needed in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(needed, reason="needs the extra 'gallery'")
 
 from lecture import (  # noqa: E402
+    adaptive,
     build,
+    comparison,
     conditioning,
     fewer_bytes,
     mlp,
@@ -23,7 +25,7 @@ from lecture import (  # noqa: E402
     saddles,
 )
 from lecture.claims import absolute, at_most, number, relative, within_errors  # noqa: E402
-from lecture.rules import RULES  # noqa: E402
+from lecture.rules import ADAPTIVE, RULES  # noqa: E402
 
 # The tolerances that the claims are held to, by table; a looser one is no proof.
 STATED = {
@@ -39,6 +41,11 @@ STATED = {
     noise.BATCH: r"3 s\.e\..*|±0\.02",
     momentum.FRICTION: r"0\.1 %",
     nesterov.CYCLE: r"0\.1 %|±10⁻⁶|±1·10⁻⁶",
+    adaptive.BITS: r"±0",
+    adaptive.GROWTH: r"±0\.05|±1·10⁻⁹|at most",
+    adaptive.END: r"0\.1 %",
+    adaptive.WAY: r"0\.0001 %|±1·10⁻⁶",
+    adaptive.FIRST: r"0\.0001 %|0\.1 %|±0\.5",
     fewer_bytes.VARIANCE: r"3 s\.e\..*",
     fewer_bytes.MEAN: r"3 s\.e\..*",
     fewer_bytes.STALL: r"3 s\.e\..*|±0",
@@ -57,6 +64,15 @@ def spoiled(*, momentum=1.0, lr=1.0):
         name: replace(rule, step=lambda x, g, v, a, rho, step=rule.step: step(
             x, g, v, a * lr, rho * momentum))
         for name, rule in RULES.items()
+    }
+
+
+def spoiled_adaptive(change):
+    """Adaptive rules whose constants are changed on the way to the engine."""
+    return {
+        name: replace(rule, step=lambda x, g, states, t, c, step=rule.step: step(
+            x, g, states, t, replace(c, **change(c))))
+        for name, rule in ADAPTIVE.items()
     }
 
 
@@ -99,6 +115,60 @@ def test_a_wrong_learning_rate_is_found_out(row, groups):
               if c.group in groups and c.claim.startswith("SGD")]
     assert claims
     assert not [(c.group, c.claim, c.measured, c.theory) for c in claims if c.holds]
+
+
+# The claims that rest on a constant of the adaptive rules. With its correction Adam's steps under a
+# constant gradient rest on no β: that is what it is for.
+RESTS_ON = {
+    "lr": {adaptive.STEP: ".*", adaptive.WAY: ".*distance.*", adaptive.END: "Distance.*",
+           adaptive.FIRST: ".*over α.*", adaptive.LINES: "(AdaGrad|RMSProp|Adam):.*"},
+    "decay": {adaptive.STEP: "RMSProp.*", adaptive.WAY: "RMSProp.*", adaptive.END: "Rate.*",
+              adaptive.LINES: "RMSProp:.*"},
+    "beta1": {adaptive.STEP: "Adam without.*", adaptive.FIRST: ".*", adaptive.LINES: "Adam:.*"},
+    "beta2": {adaptive.STEP: "Adam without.*", adaptive.FIRST: ".*", adaptive.LINES: "Adam:.*"},
+    "eps": {adaptive.STEP: ".*", adaptive.LINES: "(AdaGrad|RMSProp|Adam):.*"},
+}
+
+
+@pytest.fixture
+def adaptive_claims(monkeypatch):
+    """The claims of rules whose constants are changed, without the longest of the runs."""
+    monkeypatch.setattr(adaptive, "FEWER", adaptive.FEWER[:3])
+    monkeypatch.setattr(adaptive, "STEPS", 2000)
+
+    def claims(change):
+        return adaptive.checks(adaptive.measured(adaptive=spoiled_adaptive(change)))
+
+    return claims
+
+
+def test_the_shorter_runs_hold_as_well(adaptive_claims):
+    assert all(c.holds for c in adaptive_claims(lambda c: {}))
+
+
+@pytest.mark.parametrize("constant", RESTS_ON)
+def test_a_wrong_adaptive_constant_is_found_out(adaptive_claims, constant):
+    """Off by 1 %: the claims that rest on it fail, and they alone. How steps grow rests on none."""
+    claims = [c for c in adaptive_claims(lambda c: {constant: 0.99 * getattr(c, constant)})
+              if c.group != adaptive.GROWTH]
+    resting = [(c.group, c.claim) for c in claims
+               if re.fullmatch(RESTS_ON[constant].get(c.group, ""), c.claim)]
+    assert {group for group, _ in resting} == {*RESTS_ON[constant]}
+    assert [(c.group, c.claim) for c in claims if not c.holds] == resting
+
+
+def test_steps_that_depend_on_the_scale_are_found_out(adaptive_claims):
+    claims = [c for c in adaptive_claims(lambda c: {"eps": c.eps or 1e-5})
+              if c.group == adaptive.BITS or "along the axes: exponent" in c.claim]
+    assert [c.claim for c in claims if c.holds] == ["SGD, along the axes: exponent of κ"]
+    assert len(claims) == 2 * len(ADAPTIVE) + 1
+
+
+def test_a_missing_correction_is_found_out(adaptive_claims):
+    failing = [c.claim for c in adaptive_claims(lambda c: {"corrected": False})
+               if c.group in (adaptive.STEP, adaptive.LINES) and not c.holds]
+    assert failing == ["Adam, α/(1 + ε/|g|): relative difference",
+                       f"Adam: largest difference in {comparison.STEPS} steps"]
 
 
 def test_a_wrong_rounding_is_found_out():
@@ -189,7 +259,7 @@ def test_the_page_is_whole_and_stands_alone(gallery, page):
     assert "script" not in found.tags
     assert not broken_links(out / "index.html")
     assert not [link for link in found.links if "/" in link and not link.startswith("data:")]
-    for row in range(1, 7):
+    for row in range(1, 8):
         assert f'id="row-{row}"' in page
         for kind in ("svg", "png"):
             assert list(out.glob(f"row{row}-*.{kind}"))

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lecture import measure, theory
-from lecture.rules import RULES
+from lecture.rules import ADAPTIVE, RULES, Constants
 from reference import RULES_BY_ID, Options, same_bits
 
 VELOCITY = ["momentum", "nesterov"]
@@ -26,6 +26,22 @@ def test_the_gallery_steps_with_the_engine(name):
     states = [v][: len(rule.states)]
     expected_x, expected = rule.reference(x, g, states, Options(lr=0.3, momentum=0.7))
     RULES[name].step(x, g, v, 0.3, 0.7)
+    assert same_bits(x, expected_x)
+    assert all(map(same_bits, states, expected))
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_the_gallery_steps_the_adaptive_rules_with_the_engine(name, corrected):
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((2, 33))
+    states = rng.random((2, 33))
+    rule, n = RULES_BY_ID[name], len(RULES_BY_ID[name].states)
+    options = Options(lr=0.3, alpha=0.8, beta1=0.7, beta2=0.95, eps=0.01,
+                      step=3 if corrected else None)
+    expected_x, expected = rule.reference(x, g, [*states[:n]], options)
+    ADAPTIVE[name].step(x, g, states, 3, Constants(
+        0.3, decay=0.8, beta1=0.7, beta2=0.95, eps=0.01, corrected=corrected))
     assert same_bits(x, expected_x)
     assert all(map(same_bits, states, expected))
 
@@ -112,6 +128,36 @@ def test_the_variance_of_rounding_has_its_limits():
         theory.rounding_floor(1.0, noise, unit), rel=0.02)
     assert theory.rounded_variance(0.1, 2.0, noise, 0.0) == pytest.approx(
         theory.stationary_variance("sgd", 0.1, 0.0, 2.0, noise))
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.999), (0.5, 0.99), (0.95, 0.9999)])
+def test_the_peak_without_correction_is_that_of_the_steps(beta1, beta2):
+    t = np.arange(1, 1000) / 10
+    steps = (1 - beta1**t) / np.sqrt(1 - beta2**t)
+    at, height = theory.uncorrected_peak(beta1, beta2)
+    assert at == pytest.approx(t[np.argmax(steps)], abs=0.1)
+    assert height == pytest.approx(steps.max(), rel=1e-3)
+    # What the docstring says of β₂ close to 1
+    at, height = theory.uncorrected_peak(beta1, 1 - 1e-9)
+    assert at * -np.log(beta1) == pytest.approx(1.2564, abs=1e-4)
+    assert height / np.sqrt(np.log(beta1) / np.log1p(-1e-9)) == pytest.approx(0.6382, abs=1e-4)
+
+
+def test_the_distance_of_dying_steps_is_their_sum():
+    for steps in (10, 1000):
+        rest = np.sum(1 / np.sqrt(np.arange(1, steps + 1))) - theory.adagrad_distance(steps)
+        assert abs(rest) < steps**-1.5 / 24
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("lr", [0.003, 0.03])
+def test_tilted_rmsprop_comes_down_at_the_rate(decay, lr):
+    (hessian,), start = measure.valleys(np.pi / 4, np.array([1e4]))
+    path = measure.adaptive_trajectory(
+        ADAPTIVE["rmsprop"], lambda x: hessian @ x, start, Constants(lr, decay=decay, eps=0.0),
+        steps=6000) @ [1, 1]
+    rate = np.log(path[4000] / path[6000]) / 2000
+    assert rate == pytest.approx(theory.tilted_rmsprop_rate(decay, 1e4), rel=2e-3)
 
 
 def test_an_unknown_rule_is_refused():

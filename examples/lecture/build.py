@@ -19,6 +19,7 @@ if __package__ in (None, ""):   # run as a script: the package is the folder thi
 
 import optcore
 from lecture import (
+    adaptive,
     comparison,
     conditioning,
     fewer_bytes,
@@ -32,7 +33,7 @@ from lecture import (
 )
 from lecture.claims import Check, Picture, Story
 
-ROWS = (conditioning, saddles, noise, momentum, nesterov, comparison)
+ROWS = (conditioning, saddles, noise, momentum, nesterov, comparison, adaptive)
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "lecture.md"
 BEGIN, END = "<!-- glance: written by build.py --docs -->", "<!-- end of glance -->"
 
@@ -84,10 +85,12 @@ def build(out: Path, *, seeds: int = network.SEEDS, console: Console | None = No
             begin(f"Measuring {row.__name__.rpartition('.')[2]}")
             numbers = row.measured()
             bar.advance(task)
-            hero = add(row, numbers)[0]
-        begin("Animating the comparison")   # the last row's first picture
-        comparison.animate(numbers, out / f"{hero.name}.gif")
-        bar.advance(task)
+            pictures = add(row, numbers)
+            if row is comparison:
+                hero = pictures[0]
+                begin("Animating the comparison")
+                comparison.animate(numbers, out / f"{hero.name}.gif")
+                bar.advance(task)
         for row, what, count in ((network, "Training the network", seeds),
                                  (fewer_bytes, "Training with fewer bytes", 2 * seeds)):
             begin(what)

@@ -21,13 +21,13 @@ OVERSHOOT, CLAIM = "First overshoot, as a share of the start", "Nesterov oversho
 
 _TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])
 START = _TURN @ [-4.4, 1.5]
-_HESSIAN = _TURN @ np.diag(CURVATURES) @ _TURN.T
+HESSIAN = _TURN @ np.diag(CURVATURES) @ _TURN.T
 
 
 def loss(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the tilted bowl's loss."""
     points = np.stack([x, y], axis=-1)
-    return np.einsum("...i,ij,...j->...", points, _HESSIAN, points) / 2
+    return np.einsum("...i,ij,...j->...", points, HESSIAN, points) / 2
 
 
 def _overshoots(rules: Rules) -> dict[str, np.ndarray]:
@@ -79,7 +79,7 @@ def _map(rules: Rules) -> dict[str, np.ndarray]:
 def _racing(rules: Rules) -> dict[str, dict[str, Any]]:
     race = {}
     for name, rule in rules.items():
-        path = measure.trajectory(rule, lambda x: _HESSIAN @ x, START, lr=LR, momentum=MOMENTUM,
+        path = measure.trajectory(rule, lambda x: HESSIAN @ x, START, lr=LR, momentum=MOMENTUM,
                                   steps=STEPS)
         along = path @ _TURN / (START @ _TURN)   # in eigen-directions, as shares of the start
         race[name] = {
@@ -154,7 +154,8 @@ def figures(numbers: dict[str, Any]) -> list[Picture]:
     return [_draw_race(numbers), _draw_loss(numbers), _draw_map(numbers)]
 
 
-def _stage(title: str) -> tuple[Any, Any]:
+def stage(title: str) -> tuple[Any, Any]:
+    """Return a figure of the bowl, on which this row's race and the next one's are run."""
     figure, ax = style.panel(title, "", "")
     x, y = np.meshgrid(np.linspace(*ACROSS, 240), np.linspace(*UP, 240))
     style.contours(ax, x, y, loss(x, y), levels=13)
@@ -166,7 +167,7 @@ def _stage(title: str) -> tuple[Any, Any]:
 
 
 def _draw_race(numbers: dict[str, Any]) -> Picture:
-    figure, ax = _stage("SGD, momentum, Nesterov")
+    figure, ax = stage("SGD, momentum, Nesterov")
     for name, race in numbers["race"].items():
         style.path(ax, name, RULES[name].label, race["path"])
     ax.legend(loc="upper left")
@@ -232,7 +233,7 @@ def animate(numbers: dict[str, Any], file: Path, frames_per_second: int = 18) ->
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure, ax = _stage("SGD, momentum, Nesterov")
+    figure, ax = stage("SGD, momentum, Nesterov")
     FigureCanvasAgg(figure)
     lines, heads = {}, {}
     for name in numbers["race"]:

@@ -1,15 +1,16 @@
-"""Measurements: every update in every figure is made here or in a row, by a `Rule`."""
+"""Measurements: every update in every figure is made here or in a row, by a rule of `rules`."""
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
 
-from lecture.rules import Rule
+from lecture.rules import Adaptive, Constants, Rule
 from lecture.theory import spectral_radius
 
 Array = np.ndarray
 Gradient = Callable[[Array], Array]
+Step = Callable[[Array, Array, int], None]   # of x and its gradient, the t-th
 
 BLOCK = 50   # steps between renormalisations: no state leaves float64's range within one
 
@@ -25,6 +26,20 @@ def trajectory(
     for k in range(steps):
         rule.step(x, gradient(x), v, lr, momentum)
         path[k + 1] = x
+    return path
+
+
+def adaptive_trajectory(
+    rule: Adaptive, gradient: Gradient, start: Array, constants: Constants, *, steps: int
+) -> Array:
+    """Return the same of an adaptive rule."""
+    x = np.array(start, dtype=float)
+    states = np.zeros((2, *x.shape))
+    path = np.empty((steps + 1, *x.shape))
+    path[0] = x
+    for t in range(1, steps + 1):
+        rule.step(x, gradient(x), states, t, constants)
+        path[t] = x
     return path
 
 
@@ -76,6 +91,23 @@ def steps_to(
         np.multiply(curvatures, x, out=g)
         rule.step(x, g, v, lr, momentum)
         steps += 1
+    return steps
+
+
+def valleys(angle: float, kappas: Array) -> tuple[Array, Array]:
+    """Return Hessians of eigenvalues 1/κ and 1, turned by an angle, and (1, 1) turned with them."""
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return np.stack([turn * [1 / kappa, 1] @ turn.T for kappa in kappas]), turn @ [1.0, 1.0]
+
+
+def valley_steps(step: Step, hessians: Array, start: Array, *, accuracy: float) -> Array:
+    """Count the same for each of several Hessians ``(k, n, n)``, all of which have to get there."""
+    x = np.tile(start, (len(hessians), 1))
+    steps, t = np.zeros(len(hessians)), 0
+    while not steps.all():
+        t += 1
+        step(x, np.einsum("kij,kj->ki", hessians, x), t)
+        steps[(steps == 0) & (np.einsum("ki,ki->k", x, x) <= accuracy**2 * (start @ start))] = t
     return steps
 
 

@@ -170,19 +170,20 @@ def page(stories: Sequence[Story], sections: Sequence[str], checks: Sequence[Che
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="description" content="CS231n 2017, lecture 7, reproduced with optcore and checked \
 against theory.">
-<title>Why momentum, why Nesterov: the lecture, reproduced and proven</title>
+<title>Why momentum, why Nesterov, why Adam: the lecture, reproduced and proven</title>
 <link rel="icon" href="data:,">
 <style>{_STYLE}</style>
 </head>
 <body>
 <header>
-<h1>Why momentum, why Nesterov</h1>
+<h1>Why momentum, why Nesterov, why Adam</h1>
 <figure class="hero">{hero}<figcaption>Row 6, step by step.</figcaption></figure>
 <div>
 <p>CS231n 2017, lecture 7, “Fancier optimization”, motivates momentum with three troubles of plain
-SGD and two pictures. Here is all of it, run on optcore {escape(version)} and checked against
-theory. Every update in every figure is a call of the engine, in float64 except for the network and
-the half types; every number on this page was computed when the page was built.</p>
+SGD and two pictures, and goes on to AdaGrad, RMSProp and Adam. Here is all of it, run on optcore
+{escape(version)} and checked against theory. Every update in every figure is a call of the engine,
+in float64 except for the network and the half types; every number on this page was computed when
+the page was built.</p>
 <p class="verdict"><strong>{holding} of {len(checks)} claims hold</strong>, each within the
 tolerance that stands beside it.</p>
 <p>SGD is <strong>black</strong>, momentum <strong style="color:#0072B2">blue</strong>, Nesterov

@@ -1,6 +1,6 @@
 """One look for all figures: the lecture's black, blue and green, told apart without colour too.
 
-Blue and green are those of Okabe and Ito, which stay apart under every common colour blindness;
+All colours are those of Okabe and Ito, which stay apart under every common colour blindness;
 line style and marker repeat what the colour says. Every picture is a single panel that a phone can
 show at its full width, so that the page may stack them.
 """
@@ -13,9 +13,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-COLOR = {"sgd": "#000000", "momentum": "#0072B2", "nesterov": "#009E73"}
-DASHES = {"sgd": "-", "momentum": "-", "nesterov": (0, (5, 1.6))}
-MARKER = {"sgd": "o", "momentum": "s", "nesterov": "^"}
+COLOR = {"sgd": "#000000", "momentum": "#0072B2", "nesterov": "#009E73", "adagrad": "#E69F00",
+         "rmsprop": "#D55E00", "adam": "#CC79A7"}
+DASHES = {"sgd": "-", "momentum": "-", "nesterov": (0, (5, 1.6)), "adagrad": (0, (1, 1)),
+          "rmsprop": "-", "adam": (0, (5, 1.6))}
+MARKER = {"sgd": "o", "momentum": "s", "nesterov": "^", "adagrad": "D", "rmsprop": "v", "adam": "P"}
 GRADIENT = "#D55E00"   # the lecture's red arrow, in the vermilion of the same palette
 ACCENT = "#CC79A7"
 GREY = "#767676"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lecture.rules import Constants
+
 Array = np.ndarray
 
 
@@ -182,6 +184,53 @@ def stall(lr: float, curvature: float, unit: float) -> float:
     the grid with the minimum, comes to the last place of it where α·λ·|x| < u/2 and stays.
     """
     return unit * np.floor(1 / (2 * lr * curvature))
+
+
+def steady_steps(rule: str, t: Array, gradient: Array, c: Constants) -> Array:
+    """Return the t-th step of an adaptive rule over α, all gradients being the same."""
+    floor = c.eps / np.abs(gradient)
+    if rule == "adagrad":
+        return 1 / (np.sqrt(t) + floor)
+    if rule == "rmsprop":
+        return 1 / (np.sqrt(1 - c.decay**t) + floor)
+    if c.corrected:
+        return np.ones(t.shape) / (1 + floor)
+    return (1 - c.beta1**t) / (np.sqrt(1 - c.beta2**t) + floor)
+
+
+def adagrad_distance(steps: int) -> float:
+    """Return Σ 1/√t over 1..steps, AdaGrad's way under a steady gradient over α.
+
+    2√T + ζ(½) + 1/(2√T) by Euler and Maclaurin; what is missing is less than T^(-3/2)/24.
+    """
+    return 2 * np.sqrt(steps) - 1.4603545088095868 + 0.5 / np.sqrt(steps)
+
+
+def uncorrected_peak(beta1: float, beta2: float) -> tuple[float, float]:
+    """Return when Adam's step without correction is largest, and how large, over α.
+
+    The maximum over real t of (1 - β₁ᵗ)/√(1 - β₂ᵗ), where its logarithm's derivative is 0. For β₂
+    close to 1 that is at 1.2564/ln(1/β₁), with 0.6382·√(ln β₁/ln β₂).
+    """
+    a, b = np.log(beta1), np.log(beta2)
+    low, high = 1e-6, 100 / -a
+    while high - low > 1e-9 * high:
+        t = (low + high) / 2
+        rising = a / np.expm1(-a * t) < b / (2 * np.expm1(-b * t))
+        low, high = (t, high) if rising else (low, t)
+    return t, float(np.expm1(a * t) / -np.sqrt(-np.expm1(b * t)))
+
+
+def tilted_rmsprop_rate(decay: float, kappa: float) -> float:
+    """Return the rate −ln r of RMSProp along a valley at 45° to the axes, curvatures 1/κ and 1.
+
+    In the end it jitters across the valley, between ±a. Then √s = a/√2 in both coordinates, and as
+    a step across, α·a/√s, has to be 2a, α/√s is 2: gradient descent's edge of stability. A slope b
+    along the valley adds to one coordinate's gradient where it takes from the other's, and makes
+    their s differ by 2·a·b·(1-ρ)/(1+ρ), to and fro. That share of the step is lost, and of the 2
+    there is left 2·(1 - (1-ρ)/(1+ρ)) = 4ρ/(1+ρ).
+    """
+    return -np.log1p(-4 * decay / (1 + decay) / kappa)
 
 
 def escape_time(
