@@ -28,12 +28,12 @@ def pytest_generate_tests(metafunc):
     models = [
         Case(job, model, threads=threads)
         for model in (QUICK_MODELS if quick else MODELS) if model not in TRAININGS
-        for job in ("momentum", PIPELINE)
+        for job in ("momentum", "adam", PIPELINE)
     ]
     vectors = [
         Case(job, length, threads=threads)
         for length in (QUICK_LENGTHS if quick else LENGTHS)
-        for job in ("sgd", "momentum", "nesterov")
+        for job in ("sgd", "momentum", "nesterov", "adam")
     ]
     trainings = [
         Case(job, network, threads=threads)

@@ -13,7 +13,11 @@ from shapes import MODELS, TRAININGS
 import optcore
 import reference
 
-RULES = {rule.id: rule for rule in reference.LINEAR}
+# Of the adaptive rules the plain ones: their variants add an operation or a state to them.
+ADAPTIVE = ("adagrad", "rmsprop", "adam", "adamw")
+RULES = {rule.id: rule for rule in reference.LINEAR} | {
+    name: reference.RULES_BY_ID[name] for name in ADAPTIVE
+}
 # What pictures and short tables show: the convention of most libraries.
 SHOWN = [job for job, rule in RULES.items() if not rule.lr_in_velocity]
 
@@ -21,6 +25,10 @@ SHOWN = [job for job, rule in RULES.items() if not rule.lr_in_velocity]
 LR = 0.1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
+# The adaptive rules' are the reference's, which are PyTorch's
+ALPHA, BETA1, BETA2, EPS = (
+    getattr(reference.Options, name) for name in ("alpha", "beta1", "beta2", "eps")
+)
 MAX_NORM = 1.0
 EMA_DECAY = 0.9
 SEED = 0
@@ -214,6 +222,11 @@ class Case:
         return sum(dtype_of(name).itemsize for name in [*written * 2, *read] if name)
 
     @property
+    def counted(self) -> bool:
+        """Whether a step depends on how many were taken before."""
+        return "step" in self.rule.scalars
+
+    @property
     def n_bytes(self) -> int:
         """Bytes that a step must move."""
         stepped = TOUCHED[self.touched].n * WIDTH if self.touched else count_of(self.workload)
@@ -221,15 +234,17 @@ class Case:
 
     @property
     def options(self) -> reference.Options:
-        """The hyper-parameters of the rule alone."""
+        """The hyper-parameters of the rule alone, at its first step."""
         return reference.Options(
             lr=OUTER_LR if self.outer else LR,
             momentum=MOMENTUM if self.rule.has_momentum else 0.0,
+            weight_decay=WEIGHT_DECAY if self.rule.decouples else 0.0,
         )
 
-    def optimizer(self, params: Any, **more: Any) -> optcore.SGD:
+    def optimizer(self, params: Any, **more: Any) -> optcore.optimizer.Optimizer:
         """Return the whole-model optimizer."""
         options = {key: getattr(self.options, key) for key in ("lr", *self.rule.scalars)}
+        options.pop("step", None)       # it counts them itself
         if self.storage:
             options |= {"seed": SEED, **self.stored.options}
         if self.pipeline:
@@ -317,7 +332,7 @@ class Arrays:
         if stored.master:
             x = reference.widened(x)
         for count in range(2):
-            options, how = case.options, {}
+            options, how = replace(case.options, step=count + 1), {}
             if case.noisy:
                 key = reference.noise_key(SEED, count, tensor)
                 key = (key + begin // reference.GRID * NEXT_RUN) % 2**64

@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 
 import numpy as np
 from cases import (
+    ALPHA,
+    BETA1,
+    BETA2,
     EMA_DECAY,
+    EPS,
     LR,
     MAX_NORM,
     MOMENTUM,
@@ -86,7 +90,7 @@ def is_vector(workload: str) -> bool:
 
 
 # NumPy as the lecture writes it. Lists stand for a model's arrays; Python floats are what a
-# user writes. The velocity is a new array each time, as `v = …` makes it.
+# user writes. A state is a new array each time, as `v = …` makes it. `steps` counts from 1.
 
 def literal_sgd(x, g):
     for i in range(len(x)):
@@ -110,6 +114,34 @@ def literal_nesterov(x, g, v):
         old = v[i]
         v[i] = MOMENTUM * v[i] - LR * g[i]
         x[i] += -MOMENTUM * old + (1 + MOMENTUM) * v[i]
+
+
+def literal_adagrad(x, g, v):
+    for i in range(len(x)):
+        v[i] += g[i] * g[i]
+        x[i] -= LR * g[i] / (np.sqrt(v[i]) + EPS)
+
+
+def literal_rmsprop(x, g, v):
+    for i in range(len(x)):
+        v[i] = ALPHA * v[i] + (1 - ALPHA) * g[i] * g[i]
+        x[i] -= LR * g[i] / (np.sqrt(v[i]) + EPS)
+
+
+def literal_adam(x, g, m, v, steps):
+    t = next(steps)
+    for i in range(len(x)):
+        m[i] = BETA1 * m[i] + (1 - BETA1) * g[i]
+        v[i] = BETA2 * v[i] + (1 - BETA2) * g[i] * g[i]
+        m_hat = m[i] / (1 - BETA1**t)
+        v_hat = v[i] / (1 - BETA2**t)
+        x[i] -= LR * m_hat / (np.sqrt(v_hat) + EPS)
+
+
+def literal_adamw(x, g, m, v, steps):
+    for i in range(len(x)):
+        x[i] -= LR * WEIGHT_DECAY * x[i]
+    literal_adam(x, g, m, v, steps)
 
 
 def literal_pipeline(x, g, v, e):
@@ -164,6 +196,51 @@ def out_nesterov_lr_in_velocity(x, g, v, s):
     np.add(x, s, out=x)
 
 
+def out_divided(x, g, v, s):
+    np.sqrt(v, out=s)
+    np.add(s, EPS, out=s)
+    np.divide(g, s, out=s)
+    np.multiply(s, LR, out=s)
+    np.subtract(x, s, out=x)
+
+
+def out_adagrad(x, g, v, s):
+    np.multiply(g, g, out=s)
+    np.add(v, s, out=v)
+    out_divided(x, g, v, s)
+
+
+def out_rmsprop(x, g, v, s):
+    np.multiply(v, ALPHA, out=v)
+    np.multiply(g, g, out=s)
+    np.multiply(s, 1 - ALPHA, out=s)
+    np.add(v, s, out=v)
+    out_divided(x, g, v, s)
+
+
+def out_adam(x, g, m, v, s, steps):
+    # Both corrections in the rate and ε, as Kingma and Ba advise: two passes less.
+    t = next(steps)
+    root = np.sqrt(1 - BETA2**t)
+    np.multiply(m, BETA1, out=m)
+    np.multiply(g, 1 - BETA1, out=s)
+    np.add(m, s, out=m)
+    np.multiply(v, BETA2, out=v)
+    np.multiply(g, g, out=s)
+    np.multiply(s, 1 - BETA2, out=s)
+    np.add(v, s, out=v)
+    np.sqrt(v, out=s)
+    np.add(s, float(EPS * root), out=s)
+    np.divide(m, s, out=s)
+    np.multiply(s, float(LR * root / (1 - BETA1**t)), out=s)
+    np.subtract(x, s, out=x)
+
+
+def out_adamw(x, g, m, v, s, steps):
+    np.multiply(x, 1 - LR * WEIGHT_DECAY, out=x)
+    out_adam(x, g, m, v, s, steps)
+
+
 def out_pipeline(tensors):
     norm = np.sqrt(sum([float(np.vdot(g, g)) for _, g, *_ in tensors]))
     scale = min(1.0, MAX_NORM / (float(norm) + 1e-6))
@@ -184,6 +261,10 @@ LITERALS = {
     "momentum_lr_in_velocity": literal_momentum_lr_in_velocity,
     "nesterov": literal_nesterov,
     "nesterov_lr_in_velocity": literal_nesterov,
+    "adagrad": literal_adagrad,
+    "rmsprop": literal_rmsprop,
+    "adam": literal_adam,
+    "adamw": literal_adamw,
     PIPELINE: literal_pipeline,
 }
 OUTS = {
@@ -192,6 +273,10 @@ OUTS = {
     "momentum_lr_in_velocity": out_momentum_lr_in_velocity,
     "nesterov": out_nesterov,
     "nesterov_lr_in_velocity": out_nesterov_lr_in_velocity,
+    "adagrad": out_adagrad,
+    "rmsprop": out_rmsprop,
+    "adam": out_adam,
+    "adamw": out_adamw,
 }
 
 
@@ -205,7 +290,8 @@ def literal_reference(rule, options, x, g, *states):
 def build_literal(case: Case, arrays: Arrays) -> Run:
     averages = [arrays.copies()] if case.pipeline else []
     literal = LITERALS.get(case.job) or partial(literal_reference, case.rule, case.options)
-    step = partial(literal, arrays.x, arrays.g, *arrays.states(), *averages)
+    steps = [count(1)] * case.counted
+    step = partial(literal, arrays.x, arrays.g, *arrays.states(), *averages, *steps)
     return Run(step, lambda: arrays.x, lambda: averages[0] if averages else ())
 
 
@@ -217,6 +303,8 @@ def build_out(case: Case, arrays: Arrays) -> Run:
         averages = arrays.copies()
         tensors = list(zip(*columns, averages, strict=True))
         return Run(partial(out_pipeline, tensors), lambda: arrays.x, lambda: averages)
+    if case.counted:
+        columns.append([count(1) for _ in arrays.x])
     tensors = list(zip(*columns, strict=True))
     one = OUTS[case.job]
     if len(tensors) == 1:
@@ -233,7 +321,8 @@ def build_function(case: Case, arrays: Arrays) -> Run:
     """Call the functional API on one array, with the keywords a user would write."""
     tensors = [tensor for (tensor,) in (arrays.x, arrays.g, *arrays.states())]
     step = partial(case.rule.entry, *tensors, **case.rule.keywords(case.options))
-    return Run(step, lambda: arrays.x)
+    steps = count(1)
+    return Run((lambda: step(step=next(steps))) if case.counted else step, lambda: arrays.x)
 
 
 def build_step(case: Case, arrays: Arrays) -> Run:

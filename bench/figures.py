@@ -1,6 +1,7 @@
 """The pictures: colours that the colour-blind tell apart, and a marker for each line besides."""
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from shapes import MODELS
 
 if TYPE_CHECKING:
     from report import Key, Results
+
+COLUMNS = 4         # panels side by side
 
 # Okabe and Ito's palette: https://jfly.uni-koeln.de/color/
 ORANGE, SKY, GREEN, BLUE, RED, PINK = (
@@ -31,6 +34,7 @@ STYLES = {
     "Numba, fastmath": (GREEN, "D", "-"),
     "JAX + optax, donated": (PINK, "P", "-"),
     "BLAS saxpy": (SKY, "X", "-"),
+    "DeepSpeed, CPU Adam": (SKY, "s", "--"),
     FUNCTION: (RED, "s", "--"),
     STEP: (BLUE, "o", "-"),
 }
@@ -71,15 +75,22 @@ def _vectors(results: Results, job: str, dtype: str, threads: int) -> list[Key]:
 
 def _panels(results: Results, machine: dict[str, Any], rows: list[tuple[str, int]], title: str,
             path: Path) -> None:
-    """Draw GB/s over length: a column for each rule, a row for each (dtype, threads)."""
+    """Draw GB/s over length: a panel for each rule, lines of them for each (dtype, threads)."""
     jobs = [job for job in SHOWN if any(key[0] == job for key in results.cases)]
+    width = min(len(jobs), COLUMNS)
+    parts = [jobs[i : i + width] for i in range(0, len(jobs), width)]
     with mpl.rc_context(STYLE):
-        height = 1.5 + 2.7 * len(rows)
-        figure = Figure(figsize=(11, height), layout="constrained")
-        grid = figure.subplots(len(rows), len(jobs), sharex=True, sharey="row", squeeze=False)
+        lines = list(product(rows, parts))
+        size = 11 / 3 * max(width, 3), 1.5 + 2.7 * len(lines)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(lines), width, sharex=True, sharey="row", squeeze=False)
         handles = {}
-        for line, (dtype, threads) in zip(grid, rows, strict=True):
-            for axes, job in zip(line, jobs, strict=True):
+        lowest = {}
+        for line, ((dtype, threads), part) in zip(grid, lines, strict=True):
+            lowest |= enumerate(line[: len(part)])
+            for axes in line[len(part) :]:
+                axes.set_visible(False)
+            for axes, job in zip(line, part, strict=False):
                 keys = _vectors(results, job, dtype, threads)
                 plural = "s" if threads > 1 else ""
                 axes.set_title(f"{RULES[job].label}, {dtype}, {threads} thread{plural}")
@@ -103,8 +114,9 @@ def _panels(results: Results, machine: dict[str, Any], rows: list[tuple[str, int
                             zorder=3 if ours else 2,
                         )
             line[0].set_ylabel("GB/s of the least traffic")
-        for axes in grid[-1]:
+        for axes in lowest.values():
             axes.set_xlabel("parameters")
+            axes.tick_params(labelbottom=True)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower center",

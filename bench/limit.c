@@ -3,6 +3,7 @@
    Built for the machine it runs on, free to fuse and reorder, without a check or an option. A call
    takes `calls` steps, so that what it costs from Python vanishes at small sizes. Static shares go
    to the same thread in every step; what a core has cached it meets again. */
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -72,8 +73,8 @@ typedef uint16_t split;
 #define GET_float32(X) (to_##X(m[i]) == x[i] ? m[i] : from_##X(x[i]))
 #define PUT_float32(X, value) m[i] = value, x[i] = to_##X(value)
 
-/* A step of elements from `i` on of an arena's columns: parameter, gradient, velocity, average or
-   master; then a place of each share for what it sums; then replicas. */
+/* A step of elements from `i` on of an arena's columns: parameter, gradient, state, average or
+   master or second state; then a place of each share for what it sums; then replicas. */
 enum { X_, G_, V_, M_, SUMS, REPLICAS };
 typedef void Step(void **p, size_t i, size_t n, int share);
 
@@ -140,6 +141,26 @@ typedef void Step(void **p, size_t i, size_t n, int share);
                         (T)0.1, (T)0.9);                                                         \
     }
 
+/* The rate and the root's factor have corrections in them: about those of a tenth step, always. */
+#define ADAM(T, SQRT)                                                                            \
+    static inline void adam_of_##T(T *restrict x, const T *restrict g, T *restrict m,            \
+                                   T *restrict v, size_t n, T rate, T root)                      \
+    {                                                                                            \
+        for (size_t i = 0; i < n; i++) {                                                         \
+            T mi = (T)0.9 * m[i] + (T)0.1 * g[i];                                                \
+            T vi = (T)0.999 * v[i] + (T)0.001 * g[i] * g[i];                                     \
+            m[i] = mi;                                                                           \
+            v[i] = vi;                                                                           \
+            x[i] -= rate * mi / (root * SQRT(vi) + (T)1e-8);                                     \
+        }                                                                                        \
+    }                                                                                            \
+    void adam_##T(void **p, size_t i, size_t n, int share)                                       \
+    {                                                                                            \
+        (void)share;                                                                             \
+        adam_of_##T((T *)p[X_] + i, (T *)p[G_] + i, (T *)p[V_] + i, (T *)p[M_] + i, n,           \
+                    (T)0.15, (T)10);                                                             \
+    }
+
 /* Nesterov towards the mean of K replicas. All streams advance together, and none overlaps. */
 #define OUTER(K, BACK)                                                                           \
     void outer_##K##_##BACK(void **p, size_t begin, size_t n, int share)                         \
@@ -174,6 +195,8 @@ STEPS(float, float16, float32, float16, float32)
 STEPS(float, float16, none, float16, float32)
 PIPELINE(float32)
 PIPELINE(float64)
+ADAM(float32, sqrtf)
+ADAM(float64, sqrt)
 OUTER(1, 0)
 OUTER(1, 1)
 OUTER(4, 0)

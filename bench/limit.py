@@ -98,6 +98,8 @@ def _kernels(case: Case) -> list[str | None]:
         return [f"norm_{case.dtype}", f"pipeline_{case.dtype}"]
     if case.outer:
         return [None, f"outer_{case.replicas.n}_{case.replicas.write_back:d}"]
+    if case.job == "adam":
+        return [None, f"adam_{case.dtype}"]
     stored = case.stored
     types = [stored.param, stored.master or "none", stored.grad, stored.velocity]
     return [None, "_".join(["momentum" if case.n_states else "sgd", *types])]
@@ -111,7 +113,8 @@ def limit_contender(folder: Path) -> Contender:
         kernels = [name and getattr(compiled, name) for name in _kernels(case)]
         n = count_of(case.workload)
         stored = case.stored
-        fourth = stored.param if case.pipeline else stored.master_dtype
+        beside = case.pipeline or case.n_states == 2        # an average or a second state
+        fourth = stored.param if beside else stored.master_dtype
         replicas = [stored.param] * case.replicas.n
         grad = None if case.outer else stored.grad
         dtypes = [stored.param, grad, stored.velocity if case.n_states else None, fourth]
@@ -132,9 +135,11 @@ def limit_contender(folder: Path) -> Contender:
 
         return Run(step, lambda: columns[:1], calls=calls, close=lambda: (memory, sums))
 
-    # limit.c has a loop without a state and one with one
-    jobs = [job for job, rule in RULES.items() if len(rule.states) < 2]
-    return Contender(LIMIT, build, jobs=(*jobs, PIPELINE, OUTER), threaded=True, checked=False)
+    # limit.c has a loop without a state and one with one, and Adam's
+    jobs = [job for job, rule in RULES.items() if not rule.is_adaptive]
+    return Contender(
+        LIMIT, build, jobs=(*jobs, "adam", PIPELINE, OUTER), threaded=True, checked=False
+    )
 
 
 def rows_limit_contender(folder: Path) -> Contender:

@@ -7,19 +7,23 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import cycle
+from itertools import count, cycle
 from typing import Any
 
 import numpy as np
 from apart import build_apart
 from cases import (
+    BETA1,
+    BETA2,
     EMA_DECAY,
+    EPS,
     HALF,
     LR,
     MAX_NORM,
     MOMENTUM,
     OUTER,
     OUTER_LR,
+    PIPELINE,
     ROWS,
     WEIGHT_DECAY,
     Arrays,
@@ -34,7 +38,12 @@ from tables import WITH_DENSE, Table
 import reference
 
 # Modules a peer needs, and the distributions whose versions a report gives.
-MODULES = {"PyTorch": ["torch"], "Numba": ["numba"], "JAX": ["jax", "optax"], "BLAS": ["scipy"]}
+MODULES = {
+    "PyTorch": ["torch"], "Numba": ["numba"], "JAX": ["jax", "optax"], "BLAS": ["scipy"],
+    "DeepSpeed": ["deepspeed"],
+}
+# What those step that are written here for several rules
+JOBS = ("sgd", "momentum", "nesterov", "adam", PIPELINE)
 
 
 def missing(modules: list[str]) -> list[str]:
@@ -86,27 +95,46 @@ def rounded_in_each(case: Case, x: np.ndarray, g: np.ndarray) -> np.ndarray:
     o = case.options
     x, g = reference.widened(x), reference.widened(g)
     v = g
-    for count in range(2):
-        if case.rule.has_momentum and count:
+    for step in range(2):
+        if case.rule.has_momentum and step:
             v = near(near(np.float32(o.momentum) * v) + g)
         x = near(x - np.float32(o.lr) * v)
     return kept_in(case.stored.same, x)
+
+
+def torch_params(arrays: Arrays) -> list[Any]:
+    """Return parameters with their gradients, on the arrays' memory."""
+    params = [_tensor(x).requires_grad_() for x in arrays.x]
+    for param, g in zip(params, arrays.g, strict=True):
+        param.grad = _tensor(g)
+    return params
+
+
+# Of those that are called as torch.optim.Adam is
+ADAM_OPTIONS = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS}
+
+
+def torch_optimizer(case: Case, params: list[Any], implementation: str | None) -> Any:
+    import torch
+
+    how = {
+        "foreach": implementation in ("foreach", "compiled"), "fused": implementation == "fused"
+    }
+    if case.job == "adam":
+        return torch.optim.Adam(params, **ADAM_OPTIONS, **how)
+    return torch.optim.SGD(
+        params, lr=LR, momentum=MOMENTUM if case.rule.has_momentum else 0,
+        nesterov=case.rule.name == "nesterov",
+        weight_decay=WEIGHT_DECAY if case.pipeline else 0, **how,
+    )
 
 
 def build_torch(case: Case, arrays: Arrays, *, implementation: str | None) -> Run:
     import torch
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-    params = [_tensor(x).requires_grad_() for x in arrays.x]
-    for param, g in zip(params, arrays.g, strict=True):
-        param.grad = _tensor(g)
-    opt = torch.optim.SGD(
-        params, lr=LR, momentum=MOMENTUM if case.rule.has_momentum else 0,
-        nesterov=case.rule.name == "nesterov",
-        weight_decay=WEIGHT_DECAY if case.pipeline else 0,
-        foreach=implementation in ("foreach", "compiled"),
-        fused=implementation == "fused",
-    )
+    params = torch_params(arrays)
+    opt = torch_optimizer(case, params, implementation)
     if implementation == "compiled":
         torch.set_num_threads(case.threads)
         for param in params if case.rule.has_momentum else ():
@@ -216,7 +244,8 @@ NUMBA_THREADED_FROM = 100_000
 def numba_loops(*, parallel: bool) -> dict[str, Callable[..., object]]:
     from numba import njit, prange
 
-    compiled = njit(fastmath=True, parallel=parallel, nogil=True)
+    # By Python's error model a division asks for zero first, and its loop is not vectorized.
+    compiled = njit(fastmath=True, parallel=parallel, nogil=True, error_model="numpy")
 
     @compiled
     def sgd(x, g, lr):
@@ -236,6 +265,13 @@ def numba_loops(*, parallel: bool) -> dict[str, Callable[..., object]]:
             x[i] -= lr * (g[i] + rho * v[i])
 
     @compiled
+    def adam(x, g, m, v, beta1, keep1, beta2, keep2, eps, rate, root):
+        for i in prange(x.size):
+            m[i] = beta1 * m[i] + keep1 * g[i]
+            v[i] = beta2 * v[i] + keep2 * g[i] * g[i]
+            x[i] -= rate * m[i] / (root * np.sqrt(v[i]) + eps)
+
+    @compiled
     def squares(g):
         total = 0.0
         for i in prange(g.size):
@@ -251,7 +287,7 @@ def numba_loops(*, parallel: bool) -> dict[str, Callable[..., object]]:
             e[i] = keep * e[i] + blend * x[i]
             g[i] = 0
 
-    return {f.__name__: f for f in (sgd, momentum, nesterov, squares, pipeline)}
+    return {f.__name__: f for f in (sgd, momentum, nesterov, adam, squares, pipeline)}
 
 
 def build_numba(case: Case, arrays: Arrays) -> Run:
@@ -268,6 +304,17 @@ def build_numba(case: Case, arrays: Arrays) -> Run:
         (loop["pipeline" if case.pipeline else case.rule.name], row)
         for loop, row in zip(loops, rows, strict=True)
     ]
+    if case.job == "adam":
+        scalars = [number(o) for o in (BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPS)]
+        steps = count(1)
+
+        def step() -> None:
+            t = next(steps)
+            rate, root = number(LR / (1 - BETA1**t)), number((1 - BETA2**t) ** -0.5)
+            for loop, row in calls:
+                loop(*row, *scalars, rate, root)
+
+        return Run(step, lambda: arrays.x)
     if not case.pipeline:
         def step() -> None:
             for loop, row in calls:
@@ -296,7 +343,7 @@ def jax_step(job: str) -> tuple[Callable[..., object], Callable[..., object]]:
     import optax
 
     case = Case(job, "1")
-    rule = optax.sgd(
+    rule = optax.adam(LR, b1=BETA1, b2=BETA2, eps=EPS) if job == "adam" else optax.sgd(
         LR, momentum=MOMENTUM if case.rule.has_momentum else None,
         nesterov=case.rule.name == "nesterov",
     )
@@ -346,26 +393,51 @@ def build_axpy(case: Case, arrays: Arrays) -> Run:
     return Run(step, lambda: arrays.x)
 
 
+# DeepSpeed: its Adam for parameters offloaded to the CPU, which it compiles here.
+
+DEEPSPEED = "DeepSpeed, CPU Adam"
+
+
+@cache
+def unbuilt() -> list[str]:
+    """Return what DeepSpeed lacks to step on the CPU, having built it."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load()
+    except Exception:       # whatever its builder, PyTorch's or a compiler says
+        return ["a build of its CPU Adam"]
+    return []
+
+
+def build_deepspeed(case: Case, arrays: Arrays) -> Run:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    opt = DeepSpeedCPUAdam(torch_params(arrays), **ADAM_OPTIONS, adamw_mode=False)
+    return Run(opt.step, lambda: arrays.x)
+
+
 # Which of PyTorch's steps of half types are measured, if they are right
 HALVES = ("PyTorch, for-loop", "PyTorch, foreach", "PyTorch, fused")
 
 _CANDIDATES = {
     "PyTorch": [
-        Contender("PyTorch, for-loop", partial(build_torch, implementation=None), threaded=True),
         *[
             Contender(
-                f"PyTorch, {name}", partial(build_torch, implementation=name), threaded=True
+                f"PyTorch, {name or 'for-loop'}", partial(build_torch, implementation=name),
+                jobs=JOBS, threaded=True,
             )
-            for name in ("foreach", "fused")
+            for name in (None, "foreach", "fused")
         ],
         Contender(
             COMPILED, build_compiled, jobs=("sgd", "momentum"), threaded=True,
             workloads=COMPILED_FOR.__contains__, checked=False,
         ),
     ],
-    "Numba": [Contender("Numba, fastmath", build_numba, threaded=True)],
-    "JAX": [Contender("JAX + optax, donated", build_jax, threaded=True)],
+    "Numba": [Contender("Numba, fastmath", build_numba, jobs=JOBS, threaded=True)],
+    "JAX": [Contender("JAX + optax, donated", build_jax, jobs=JOBS, threaded=True)],
     "BLAS": [Contender("BLAS saxpy", build_axpy, jobs=("sgd",), threaded=True)],
+    "DeepSpeed": [Contender(DEEPSPEED, build_deepspeed, jobs=("adam",), threaded=True)],
 }
 NAMES = [contender.name for group in _CANDIDATES.values() for contender in group]
 OUTERS = [
@@ -387,6 +459,11 @@ IN_ROWS = [
 ]
 
 
+def lacking(peer: str) -> list[str]:
+    """Return the modules that a peer needs and are not here, or else what did not build."""
+    return missing(MODULES[peer]) or (unbuilt() if peer == "DeepSpeed" else [])
+
+
 def with_torch(contenders: list[Contender]) -> list[Contender]:
     """Return peers that are all PyTorch's where it can be measured here, and else none."""
     return [] if missing(MODULES["PyTorch"]) else contenders
@@ -396,7 +473,7 @@ def installed() -> list[Contender]:
     """Return the peers that can be measured here."""
     return [
         contender
-        for peer, contenders in _CANDIDATES.items() if not missing(MODULES[peer])
+        for peer, contenders in _CANDIDATES.items() if not lacking(peer)
         for contender in contenders
     ]
 
@@ -418,18 +495,21 @@ def wrong() -> list[str]:
 
 def absent(suite: str = "peers") -> dict[str, list[str]]:
     """Return what of a suite cannot be measured, and what each lacks."""
-    lacks = {peer: missing(modules) for peer, modules in MODULES.items()}
+    names = measured_in(suite)
+    lacks = {peer: lacking(peer) for peer in MODULES if peer in names}
     for name, language, find in [(LIMIT, "C", compiler), (COMPILED, "C++", cxx)]:
         try:
             find()
         except NoCompilerError:
             lacks[name] = [f"a {language} compiler"]
-    names = measured_in(suite)
     return {name: things for name, things in lacks.items() if things and name in names}
 
 
 def set_threads(n: int) -> None:
-    """Give every peer that can be told `n` threads; JAX is told before it starts, by run.py."""
+    """Give every peer that can be told `n` threads.
+
+    JAX and DeepSpeed's OpenMP are told before they start, by run.py.
+    """
     if not missing(["torch"]):
         import torch
 

@@ -45,9 +45,10 @@ READING = (
 )
 # What the README shows: job, workload, threads
 SHORT = [
-    ("sgd", "1e6", 1), ("momentum", "1e6", 1), ("nesterov", "1e6", 1),
+    ("sgd", "1e6", 1), ("momentum", "1e6", 1), ("nesterov", "1e6", 1), ("adam", "1e6", 1),
     ("momentum", "1000 × 256", 1), ("momentum", "ResNet-50", 1), (PIPELINE, "ResNet-50", 1),
-    (PIPELINE, "GPT-2 small", "all"), ("momentum", "digits net in training", "all"),
+    (PIPELINE, "GPT-2 small", "all"), ("adam", "GPT-2 small", "all"),
+    ("momentum", "digits net in training", "all"),
 ]
 
 

@@ -32,8 +32,9 @@ def parsed() -> argparse.Namespace:
 
 
 def environment(threads: int, folder: str) -> dict[str, str]:
-    """Return the environment of a run: JAX reads its thread count only as it starts."""
-    limits = {"PJRT_NPROC": str(threads), "NPROC": str(threads)} if threads < cores() else {}
+    """Return the environment of a run: JAX and OpenMP read their thread counts as they start."""
+    names = ("PJRT_NPROC", "NPROC", "OMP_NUM_THREADS") if threads < cores() else ()
+    limits = dict.fromkeys(names, str(threads))
     return {"TORCHINDUCTOR_CACHE_DIR": folder, **os.environ, **limits}
 
 

@@ -110,6 +110,14 @@ TARGETS = [
         Target("peers", job, "1e3", STEP, (FUSED,), 40.0)
         for job in ("sgd", "momentum", "nesterov")
     ],
+    # Adam
+    *[Target("peers", "adam", length, STEP, FIELD, 1.2) for length in ("1e6", "5e7")],
+    Target("peers", "adam", "5e7", STEP, (LIMIT,), 0.9),
+    *[
+        Target("peers", "adam", model, STEP, (FUSED,), 1.0, threads)
+        for model in ("ResNet-50", "GPT-2 small") for threads in (1, "all")
+    ],
+    Target("peers", "adam", "1000 × 256", STEP, (FUSED,), 10.0),
     # In training: a third of its speed where the cores are near
     *[
         Target("peers", "momentum", "digits net in training", who + FAR, (who,), 1 / 3, "all")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -76,9 +77,10 @@ class Training(Arrays):
         other = Training(self.case)
         other.reset()
         states = other.states()
-        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        for count in range(WARM_UP_STEPS + TIMED_STEPS):
             other.backward()
-            literal_reference(self.case.rule, self.case.options, other.x, other.g, *states)
+            options = replace(self.case.options, step=count + 1)
+            literal_reference(self.case.rule, options, other.x, other.g, *states)
         return other.x
 
     def check_trained(self, *, exact: bool) -> None:

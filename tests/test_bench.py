@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +93,23 @@ def test_models_equal_the_reference(contender, job, small_models):
 @pytest.mark.parametrize("job", ["momentum", "sgd"])
 def test_storages_equal_the_reference(job, storage):
     check(contenders.OPTCORE[0], cases.Case(job, SMALL, storage=storage))
+
+
+def test_a_count_that_stands_still_is_noticed(monkeypatch):
+    case = cases.Case("adam", SMALL)
+    arrays = cases.Arrays(case)
+    arrays.reset()
+    monkeypatch.setattr(contenders, "count", lambda first: iter([first] * 2))
+    for build in (contenders.build_function, contenders.build_literal, contenders.build_out):
+        arrays.reset()
+        with pytest.raises(AssertionError, match="tensor 0"):
+            arrays.check(build(case, arrays), exact=False)
+
+
+def test_bytes_of_rules():
+    found = {job: cases.Case(job, SMALL).bytes_each for job in cases.ADAPTIVE}
+    assert found == {"adagrad": 20, "rmsprop": 20, "adam": 28, "adamw": 28}
+    assert cases.Case("adam", SMALL, "float64").bytes_each == 56
 
 
 def test_bytes_of_storages():
@@ -268,14 +287,14 @@ def test_what_leaves_elements_unstepped_is_found_wrong(monkeypatch):
     assert peers.wrong() == [lazy.name]
 
 
-COMPILING = ("JAX + optax, donated", "Numba, fastmath", peers.COMPILED)
+COMPILING = ("JAX + optax, donated", "Numba, fastmath", peers.COMPILED, peers.DEEPSPEED)
 
 
 @pytest.mark.parametrize(
     "contender", [c for c in peers.installed() if c.name not in COMPILING], ids=lambda c: c.name
 )
 def test_peers_that_need_no_compiling_are_close(contender, small_models):
-    for job in ("sgd", "pipeline"):
+    for job in ("sgd", "pipeline", "adam"):
         case = cases.Case(job, small_models)
         if contender.takes(case):
             check(contender, case)
@@ -300,6 +319,42 @@ def test_a_missing_peer_is_named_as_absent(monkeypatch, tmp_path):
     }
     text = report.document(summary, report.Results(summary["rows"]))
     assert "Absent: BLAS, for want of no_such_module_as_this." in text
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """What stands for DeepSpeed; as its Adam, PyTorch's."""
+    torch = pytest.importorskip("torch")
+    modules = {name: ModuleType(name) for name in (
+        "deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "deepspeed.ops.op_builder",
+    )}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    modules["deepspeed.ops.op_builder"].CPUAdamBuilder = lambda: SimpleNamespace(load=lambda: None)
+    modules["deepspeed.ops.adam"].DeepSpeedCPUAdam = (
+        lambda params, adamw_mode, **options: (adamw_mode or torch.optim.Adam)(params, **options)
+    )
+    peers.unbuilt.cache_clear()
+    yield modules["deepspeed.ops.op_builder"]
+    peers.unbuilt.cache_clear()
+
+
+def test_deepspeed_is_measured_where_it_builds(deepspeed, small_models):
+    assert "DeepSpeed" not in peers.absent()
+    (contender,) = [c for c in peers.installed() if c.name == peers.DEEPSPEED]
+    case = cases.Case("adam", small_models, threads=2)
+    assert contender.takes(case)
+    assert not contender.takes(replace(case, job="momentum"))
+    check(contender, case)
+
+
+def test_deepspeed_is_absent_where_it_does_not_build(deepspeed):
+    def load():
+        raise RuntimeError("no ninja")
+
+    deepspeed.CPUAdamBuilder = lambda: SimpleNamespace(load=load)
+    assert peers.absent()["DeepSpeed"] == ["a build of its CPU Adam"]
+    assert peers.DEEPSPEED not in [contender.name for contender in peers.installed()]
 
 
 def test_what_has_no_compiler_is_named_as_absent_and_skipped(monkeypatch, tmp_path):
@@ -434,12 +489,13 @@ def built(tmp_path_factory):
 # From 0.5, and gradients, replicas and velocities of 0.5; the pipeline zeroes the gradients
 TWO_LIMIT_STEPS = {
     "sgd": (0.45, 0.4), "momentum": (0.405, 0.2695), "pipeline": (0.405, 0.3195),
+    "adam": (0.489391, 0.478778),
     "outer": (0.2165, 0.338405), "outer, written back": (0.2165, -0.03865),
 }
 
 
 @pytest.mark.parametrize(("job", "dtype", "storage"), [
-    *[(job, dtype, None) for job in ("sgd", "momentum", "pipeline")
+    *[(job, dtype, None) for job in ("sgd", "momentum", "pipeline", "adam")
       for dtype in ("float32", "float64")],
     *[(job, "float32", storage) for job in ("sgd", "momentum") for storage in cases.STORAGES],
 ])
@@ -458,6 +514,22 @@ def test_the_limit_sweeps_every_element(job, dtype, storage, built):
         value = float(reference.widened(x[:1].view(cases.dtype_of(case.stored.param)))[0])
         assert value == pytest.approx(stepped, rel=0, abs=2**-8 if storage else 1e-6)
     assert x.ctypes.data % 64 == 0
+
+
+def test_the_limit_of_adam_keeps_both_averages(built):
+    n = 600_003
+    try:
+        run = limit.limit_contender(built).build(cases.Case("adam", str(n)), None)
+    except limit.NoCompilerError as reason:
+        pytest.skip(str(reason))
+    memory, _ = run.close()
+    cells = np.frombuffer(memory, np.float32)
+    _, g, m, v = np.flatnonzero(cells == 0.5).reshape(4, n)
+    cells[g] = 1
+    run.step()
+    assert (cells[g] == 1).all()
+    assert np.allclose(cells[m], 0.55, rtol=0, atol=1e-6)
+    assert np.allclose(cells[v], 0.5005, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("outer", cases.OUTERS)
@@ -662,7 +734,7 @@ def test_report(suite, tmp_path):
     rows = [
         row(name, us * scale, workload=workload, job=job, threads=threads)
         for workload, scale in [("1e5", 1), ("1e6", 10)]
-        for job in ("sgd", "momentum", "nesterov")
+        for job in ("sgd", "momentum", "nesterov", "adagrad", "adam")
         for threads in ((1, 2) if suite == "peers" else (1,))
         for name, us in [
             (contenders.LITERAL, 20), (contenders.OUT, 16), (contenders.FUNCTION, 8.5),
@@ -687,6 +759,7 @@ def test_report(suite, tmp_path):
     text = (tmp_path / f"{suite}.md").read_text()
     assert "| optcore, step() | 80.0 (80.0–80.0) | 150 (150–150) |" in text
     assert "2.00×" in text
+    assert "**Adam, 1,000,000, float32, 1 thread**" in text
     assert report.READING in text
     picture = tmp_path / ("engine.png" if suite == "engine" else "roofline.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -795,6 +868,13 @@ def test_report_of_rows(tmp_path):
     ]:
         assert line in text
     assert "| memory limit | 100 (100–100) | 1,000 (" in (tmp_path / "rows.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(bench.glob("results/*.json")), ids=lambda path: path.stem)
+def test_results_of_earlier_runs_can_be_reported(path):
+    summary = json.loads(path.read_text())
+    text = report.document(summary, report.Results(summary["rows"]))
+    assert text.count("\n**") >= len({(r["job"], r["workload"]) for r in summary["rows"]})
 
 
 def test_markers_must_be_there():
