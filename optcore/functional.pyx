@@ -1,4 +1,5 @@
 """The functional API: one step of one rule on arrays that the caller keeps."""
+from libc.float cimport DBL_EPSILON
 from libc.stdint cimport uint64_t
 from numpy cimport import_array, ndarray
 
@@ -520,8 +521,9 @@ cdef int step_adam(tuple arrays, Options *o, object step, object beta1, object b
         n = integer(step, "step")
         if n == 0:
             raise ValueError("step must be at least 1, for it counts this step too, got 0")
-        o.kernel.beta1_power = product_of(o.kernel.beta1, n)
-        o.kernel.beta2_power = product_of(o.kernel.beta2, n)
+        # 1 less anything smaller is 1
+        o.kernel.beta1_power = product_of(o.kernel.beta1, n, DBL_EPSILON / 8)
+        o.kernel.beta2_power = product_of(o.kernel.beta2, n, DBL_EPSILON / 8)
     o.amsgrad = arrays[4] is not None
     return step_arrays(chosen_rule(rules.ADAM, o), arrays if o.amsgrad else arrays[:4], o)
 
@@ -572,11 +574,11 @@ def adam_step(
         Learning rate α.
     step : int >= 1, or None
         The steps of these arrays, this one among them; the products take about a nanosecond for
-        each. None: no correction of the averages' bias towards zero.
+        each, up to tens of thousands. None: no correction of the averages' bias towards zero.
     beta1, beta2 : float in [0, 1), defaults 0.9 and 0.999
         Decay of the averages.
     eps : float, >= 0, default 1e-8
-        ε, as in PyTorch and Kingma and Ba's Algorithm 1; the lecture and Keras have 1e-7.
+        ε, as in PyTorch and Kingma and Ba's Algorithm 1; the lecture has 1e-7.
     eps_in_sqrt : bool, default False
         Divide by ``sqrt(exp_avg_sq / (1 - beta2**step) + eps)``: optax's ``eps_root``.
     flush_subnormals : bool, default False
@@ -630,11 +632,13 @@ def adamw_step(
 
     Parameters
     ----------
-    weight_decay : float, >= 0, default 1e-2
-        λ, as in PyTorch.
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, lr, step, beta1, beta2, eps, eps_in_sqrt
         As in `adam_step`.
-    flush_subnormals, maximize, grad_scale, clip_value, rounding, noise_key
+    flush_subnormals
+        As in `adam_step`.
+    weight_decay : float, >= 0, default 1e-2
+        λ, as in PyTorch.
+    maximize, grad_scale, clip_value, rounding, noise_key
         As in `adam_step`.
 
     Raises

@@ -84,7 +84,7 @@ cdef bint is_fixed(object value)
 cdef int take_row(Options *o, int i, object value, str name) except -1
 cdef int take(Options *o, const void *field, object value) except -1
 cdef object value_of(const Options *o, int i)
-cdef double product_of(double beta, uint64_t n) noexcept nogil
+cdef double product_of(double beta, uint64_t n, double least=*) noexcept nogil
 cdef int check_rounding(int i, double x, str name) except -1
 cdef int check_options(
     Rule rule, const Options *o, bint as_float32, str prefix=*

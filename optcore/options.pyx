@@ -306,10 +306,13 @@ cdef bint is_fixed(object value):
     return value is None or isinstance(value, (Real, np.generic, str))
 
 
-cdef double product_of(double beta, uint64_t n) noexcept nogil:
-    """The product of n times beta from left to right, as an optimizer forms it step by step."""
+cdef double product_of(double beta, uint64_t n, double least=0) noexcept nogil:
+    """The product of n times beta from left to right, as an optimizer forms it step by step.
+
+    Or the first on the way that is less than `least`.
+    """
     cdef double product = 1
-    while n > 0 and product * beta != product:
+    while n > 0 and product >= least and product * beta != product:
         product *= beta
         n -= 1
     return product

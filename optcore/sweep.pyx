@@ -198,8 +198,8 @@ cdef inline inlined run_flushing(
 
 
 cdef inline inlined run_variant(
-    const bint linear, const Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
-    Py_ssize_t n, real scale, const Scalars *s, const Several *last,
+    const bint linear, const Rule rule, Variant variant, real *x, const real *d, real **states,
+    Py_ssize_t at, Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
     if rule >= N_RULES or is_linear(rule) != linear:
         return
@@ -212,8 +212,8 @@ cdef inline inlined run_variant(
 
 
 cdef inline inlined run_rules(
-    const bint linear, Rule rule, Variant variant, real *x, const real *d, real **states, Py_ssize_t at,
-    Py_ssize_t n, real scale, const Scalars *s, const Several *last,
+    const bint linear, Rule rule, Variant variant, real *x, const real *d, real **states,
+    Py_ssize_t at, Py_ssize_t n, real scale, const Scalars *s, const Several *last,
 ) noexcept nogil:
     """Turn the number of a rule, linear or not, into a constant; others compile to nothing."""
     if rule == 0:
@@ -1172,13 +1172,16 @@ cdef inline inlined run_arithmetic(
 
 cdef Level[N_SIMD_LEVELS] LEVELS = [
     Level(
-        <load_t>load_baseline, <store_t>store_baseline, <void *>plain_baseline, <void *>adaptive_baseline
+        <load_t>load_baseline, <store_t>store_baseline,
+        <void *>plain_baseline, <void *>adaptive_baseline,
     ),
     Level(
-        <load_t>load_avx2, <store_t>store_avx2, <void *>plain_avx2, <void *>adaptive_avx2
+        <load_t>load_avx2, <store_t>store_avx2,
+        <void *>plain_avx2, <void *>adaptive_avx2,
     ),
     Level(
-        <load_t>load_avx512, <store_t>store_avx512, <void *>plain_avx512, <void *>adaptive_avx512
+        <load_t>load_avx512, <store_t>store_avx512,
+        <void *>plain_avx512, <void *>adaptive_avx512,
     ),
 ]
 

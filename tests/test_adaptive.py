@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 import pytest
-from test_options import same_value, stub, stubbed_options
+from test_options import documented_options, same_value, stub, stubbed_options
 
 import optcore
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, OPTIONS, running_power
@@ -60,7 +60,7 @@ def test_signatures(kind):
     assert sorted(taken) == sorted(options)
     for name, default in taken.items():
         assert same_value(default, own.get(name, OPTIONS[name].default)), name
-    found = documented(kind_of(kind))
+    found = documented_options(kind_of(kind), OPTIONS)
     assert sorted(found) == sorted(options)
     for name, text in found.items():
         stated = re.search(r"default ([\w\".-]+)$", text)
@@ -69,17 +69,6 @@ def test_signatures(kind):
                               ast.literal_eval(stated[1]), float(taken[name]) if isinstance(
                                   taken[name], float) else taken[name]), name
     assert "{common}" not in inspect.getdoc(kind_of(kind))
-
-
-def documented(thing):
-    """As `documented_options`, with options that SGD does not have."""
-    section = inspect.getdoc(thing).split("Parameters\n----------\n")[1]
-    section = re.split(r"\n\w+\n-+\n", section)[0]
-    return {
-        name: rest
-        for names, rest in re.findall(r"^(\w+(?:, \w+)*)(?: : (.*))?$", section, re.MULTILINE)
-        for name in names.split(", ") if name in OPTIONS
-    }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -92,7 +81,7 @@ def test_functions(name):
     for key, default in taken.items():
         expected = None if key in ("rounding", "noise_key") else own.get(key, OPTIONS[key].default)
         assert default is inspect.Parameter.empty or same_value(default, expected), key
-    assert sorted(documented(function)) == sorted(taken)
+    assert sorted(documented_options(function, OPTIONS)) == sorted(taken)
     required = [key for key, p in parameters.items() if p.default is p.empty]
     assert required[3:] == [*(["exp_avg_sq"] if "adam" in name else []), "lr",
                             *(["step"] if "adam" in name else [])]

@@ -51,6 +51,23 @@ OPTIMIZERS = [
 ]
 DECAYS = [{}, {"weight_decay": 0.01}, {"weight_decay": 0.01, "decoupled_weight_decay": True}]
 CLIPS = [{}, {"clip_value": 0.5}, {"max_norm": 1.0}]
+# Functions with the states that choose among their variants
+ADAPTIVE = [
+    ("adagrad", ["square_sum"], {}), ("rmsprop", ["square_avg"], {}),
+    ("rmsprop", ["square_avg", "velocity"], {"momentum": 0.9}),
+    ("rmsprop", ["square_avg", "velocity"], {**RIGHT, "nesterov": True}),
+    ("rmsprop", ["square_avg", "grad_avg"], {"alpha": 0.75}),
+    ("rmsprop", ["square_avg", "velocity", "grad_avg"], RIGHT),
+    ("rmsprop", ["square_avg", "velocity", "grad_avg"], {**LEFT, "nesterov": True}),
+    ("adam", ["exp_avg", "exp_avg_sq"], {"step": 1}),
+    ("adam", ["exp_avg", "exp_avg_sq"], {"step": None, "beta2": 0.75}),
+    ("adam", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"], {"step": 1000}),
+]
+ADAPTIVE_OPTIMIZERS = [
+    ("AdaGrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    ("RMSProp", {"momentum": 0.5, "centered": True}), ("RMSProp", {"alpha": 0.5}),
+    ("Adam", {"amsgrad": True}), ("Adam", {"eps_in_sqrt": True}), ("AdamW", {"beta1": 0.5}),
+]
 TABLES = [(60, 4), (300,), (9, 257), (1, 3), (2, 8193), (5, 2, 3)]
 LAZY = ["exact", "rows"]
 
@@ -196,6 +213,38 @@ def many_steps(dtype):
                 yield x, v
                 if k == 2:
                     g[:] = 0
+
+
+def adaptive_functions(dtype):
+    numbers = Numbers(dtype)
+    for (name, states, options), n, decay, clip, inside, flush in itertools.product(
+        ADAPTIVE, [1, 7, 33, 257, 1000], DECAYS, CLIPS[:2], [False, True], [False, True]
+    ):
+        x, g, *arrays = numbers.model([n] * (2 + len(states)))
+        arrays = [np.abs(a) if "sq" in state else a
+                  for a, state in zip(arrays, states, strict=True)]
+        getattr(optcore, f"{name}_step")(
+            x, g, **dict(zip(states, arrays, strict=True)), lr=0.1, grad_scale=0.3, eps_in_sqrt=inside,
+            flush_subnormals=flush, **options, **decay, **clip)
+        yield x, *arrays
+
+
+def adaptive_models(dtype):
+    """Whole models, on threads, towards replicas and by themselves."""
+    numbers = Numbers(dtype)
+    for count, (name, options), clip, ema in itertools.product(
+        [1, 3], ADAPTIVE_OPTIMIZERS, CLIPS, [None, 0.9]
+    ):
+        optcore.set_num_threads(count)
+        opt = getattr(optcore, name)(numbers.model(LARGE), lr=0.1, track_grad_norm=True,
+                                     ema_decay=ema, weight_decay=0.001, **options, **clip)
+        for k in range(3):
+            opt.step([None if i == k else g for i, g in enumerate(numbers.model(LARGE))])
+            yield *numbers_of(opt), *params_of(opt)
+        opt.outer_step([numbers.model(LARGE) for _ in range(6)], weights=range(1, 7))
+        yield *params_of(opt), *(
+            a for entry in opt.state_dict()["state"].values() for a in entry.values()
+            if isinstance(a, np.ndarray))
 
 
 def params_of(opt):
@@ -446,6 +495,7 @@ SECTIONS = {
         (outer_steps, [DTYPES]), (pieces, [DTYPES]),
         (norms, [DTYPES]), (accumulation, [DTYPES]), (conversions, [DTYPES]),
         (half_models, [["bfloat16", "float16"]]), (rows, [DTYPES]), (sleeping_rows, [DTYPES]),
+        (adaptive_functions, [DTYPES]), (adaptive_models, [DTYPES]),
     ]
     for arguments in itertools.product(*table)
 }

@@ -185,14 +185,14 @@ def test_signature_of_the_torch_adapter():
     assert documented_options(SGD).keys() == set(options)
 
 
-def documented_options(thing):
+def documented_options(thing, known=OPTIONS):
     """Return the options in a docstring's list of parameters, with the rest of their line."""
     section = inspect.getdoc(thing).split("Parameters\n----------\n")[1]
     section = re.split(r"\n\w+\n-+\n", section)[0]
     return {
         name: rest
         for names, rest in re.findall(r"^(\w+(?:, \w+)*)(?: : (.*))?$", section, re.MULTILINE)
-        for name in names.split(", ") if name in OPTIONS
+        for name in names.split(", ") if name in known
     }
 
 

@@ -22,12 +22,17 @@ def streams(probes):
     return pytest.importorskip("probe_streams", reason="the sources are not here")
 
 
+OF_ADAPTIVE = ["alpha", "alpha_weight", "beta1", "beta1_weight", "beta2", "beta2_weight",
+               "step_size", "unbias", "eps_inside", "eps_outside"]
+
+
 def scalars(o, decay=0.0):
     return {
         "lr": o.lr, "momentum": o.momentum, "undamped": 1.0, "weight_decay": o.weight_decay,
         "shrink": 1.0, "scale": -o.grad_scale if o.maximize else o.grad_scale,
         "clip_value": np.inf if o.clip_value is None else o.clip_value,
         "ema_decay": decay, "ema_weight": 1 - decay, "flushes": o.flush_subnormals,
+        **dict.fromkeys(OF_ADAPTIVE, 0.0),
     }
 
 

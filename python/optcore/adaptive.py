@@ -7,15 +7,19 @@ from optcore.optimizer import AdaptiveOptions, GroupOption, Optimizer, Schedule
 
 COMMON = """    eps_in_sqrt : bool, default False
         Add ε under the root*, to the square that is corrected; False: to the root (PyTorch).
+    maximize, decoupled_weight_decay, clip_value, flush_subnormals
+        As in `optcore.SGD`, each with a star.
+    max_norm, skip_nonfinite, track_grad_norm, ema_decay
+        As in `optcore.SGD`.
+    master, rounding
+        As in `optcore.SGD`, each with a star.
     state_dtype : {"float32", "bfloat16"} or None, default None
         Dtype of the states*; None: that in which the parameter is stepped. Rounded as `rounding`
         says. Stays as the optimizer was built.
     lazy : {"exact", "rows"}, default "exact"
         "rows": what a step with `Rows` leaves out stays where it is*. What a gradient of zero makes
         of other rows cannot be made up for later here, and "exact" refuses Rows.
-    maximize, decoupled_weight_decay, clip_value, flush_subnormals, master, rounding
-        As in `optcore.SGD`, each with a star.
-    max_norm, skip_nonfinite, track_grad_norm, ema_decay, seed, grads
+    seed, grads
         As in `optcore.SGD`.
 
     Raises
@@ -54,7 +58,7 @@ class AdaGrad(Optimizer, AdaGradOptions):
     lr : float >= 0 or schedule, default 1e-2
         Learning rate α*.
     lr_decay : float >= 0 or schedule, default 0
-        A parameter's t-th step is taken with ``lr / (1 + (t - 1) * lr_decay)``*.
+        Its decay*: a parameter's t-th step is taken with ``lr / (1 + (t - 1) * lr_decay)``.
     weight_decay : float >= 0 or schedule, default 0
         λ*: added to the gradient as λ·param.
     initial_accumulator_value : float >= 0, default 0
@@ -301,10 +305,12 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, beta1, beta2, eps, amsgrad
+    params, lr, beta1, beta2, eps
         As for `optcore.Adam`.
     weight_decay : float >= 0 or schedule, default 1e-2
         λ*.
+    amsgrad
+        As for `optcore.Adam`.
     {common}
 
     Notes

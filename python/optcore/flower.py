@@ -25,8 +25,9 @@ from numpy.lib import format as npy
 
 from optcore.arrays import bfloat16
 from optcore.checkpoint import FilePath
+from optcore.optimizer import Schedule
 from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS
-from optcore.sgd import SGD, Schedule
+from optcore.sgd import SGD
 
 __all__ = ["ServerSGD"]
 

@@ -109,6 +109,9 @@ class Optimizer(Plan):
     # The rule of every group; None: the one that options choose.
     _rule: str | None = None
 
+    def __init__(self, params: Any, **options: Any) -> None:
+        raise TypeError("an optimizer is one of optcore's classes, of which this is the base")
+
     def _construct(self, given: Mapping[str, Any]) -> None:
         """Build from the arguments of the constructor by their names."""
         self._begin(

@@ -7,7 +7,7 @@ class Option(NamedTuple):
     holder: str
     refused: int
     offset: int
-    families: tuple[str, ...]
+    families: tuple[str, ...] = ...
 
 GROUP: str
 CALL: str
@@ -18,6 +18,7 @@ REFUSALS: dict[int, str]
 OPTIONS: dict[str, Option]
 FAMILIES: tuple[str, ...]
 MOVING: tuple[str, ...]
+ADAPTIVE: tuple[str, ...]
 GROUP_OPTIONS: dict[str, dict[str, Any]]
 OPTIMIZER_OPTIONS: dict[str, Any]
 KERNEL_OPTIONS: dict[str, Option]

@@ -856,8 +856,8 @@ class _Optimizer(torch.optim.Optimizer):
         for i, owner in enumerate(self._owners):
             lazy = torch.nn.parameter.is_lazy(owner.param)
             held = {} if lazy else self.state.get(owner.param, {})
-            names = {owner.key_of(name): name for name in plan._state_names}
-            for key in self._count_keys if any(key in names for key in held) else ():
+            keys = {owner.key_of(name): name for name in plan._state_names}
+            for key in self._count_keys if any(key in keys for key in held) else ():
                 changed.append((held, key, counts[key][i]))
             if "step" in self._count_keys:
                 entries[i].update(self._count_in(held, f"state[{i}]", i))
@@ -865,7 +865,7 @@ class _Optimizer(torch.optim.Optimizer):
                 where = f"state[{i}][{key!r}]"
                 if key in self._count_keys:
                     continue
-                if key not in {*names, *MASTER_KEYS.values()} and (
+                if key not in {*keys, *MASTER_KEYS.values()} and (
                     key != "ema" or ema_decay is None
                 ):
                     convention = owner.group.get("lr_in_velocity")
@@ -884,9 +884,9 @@ class _Optimizer(torch.optim.Optimizer):
                     changed.append((held, key, tensor))
                 if key == "ema":
                     entries[i]["ema"] = owner.turned(tensor).detach().numpy()
-                elif key in names:
-                    if names[key] in used[i]:
-                        states[names[key]][i] = _as_array(owner.turned(tensor))
+                elif key in keys:
+                    if keys[key] in used[i]:
+                        states[keys[key]][i] = _as_array(owner.turned(tensor))
                     entries[i]["first_step"] = False
                 else:
                     masters.append((i, held, key, owner.turned(tensor).detach().numpy()))
@@ -1130,7 +1130,7 @@ class Adagrad(_Optimizer, AdaGradOptions):
     lr : float or one-element tensor >= 0, default 1e-2
         Learning rate*.
     lr_decay : float >= 0, default 0
-        A parameter's t-th step is taken with ``lr / (1 + (t - 1) * lr_decay)``*.
+        Its decay*: a parameter's t-th step is taken with ``lr / (1 + (t - 1) * lr_decay)``.
     weight_decay : float >= 0, default 0
         λ*.
     initial_accumulator_value : float >= 0, default 0
