@@ -574,7 +574,8 @@ def adam_step(
         Learning rate α.
     step : int >= 1, or None
         The steps of these arrays, this one among them; the products take about a nanosecond for
-        each, up to tens of thousands. None: no correction of the averages' bias towards zero.
+        each, until they are below 2**-55: tens of thousands with the default betas. None: no
+        correction of the averages' bias towards zero.
     beta1, beta2 : float in [0, 1), defaults 0.9 and 0.999
         Decay of the averages.
     eps : float, >= 0, default 1e-8

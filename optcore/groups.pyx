@@ -140,7 +140,7 @@ cdef class Groups:
             if value != was:
                 raise ValueError(
                     f"{self.prefix(g)}{name} must stay as the optimizer was built, {was!r}, got "
-                    f"{value!r}: state_dict() and load_state_dict() bring its state to another"
+                    f"{value!r}: build another and load_state_dict(opt.state_dict()) in it"
                 )
         return 0
 
@@ -164,7 +164,9 @@ cdef class Groups:
         for name in self._options:
             row = row_named(name)
             value = given[name]
-            if row_at(row).range >= FLAG or is_fixed(value):
+            if row_at(row).range >= FLAG or is_fixed(value) or (
+                name == "initial_accumulator_value"         # read once
+            ):
                 take_row(&group.options, row, value, prefix + name)
                 continue
             varying.append((g, row, value))

@@ -7,7 +7,7 @@ from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from libc.math cimport INFINITY, isfinite, isinf
 from libc.string cimport memset
 
-from optcore.rules cimport N_RULES, RULE_ROWS, family_of, is_nesterov, is_still
+from optcore.rules cimport N_RULES, RULE_ROWS, corrects_bias, family_of, is_nesterov, is_still
 
 import operator
 from collections import namedtuple
@@ -260,7 +260,12 @@ cdef bint flag(object value, str name) except -1:
 
 cdef uint64_t integer(object value, str name) except? 1:
     if not isinstance(value, (bool, np.bool_)) and hasattr(type(value), "__index__"):
-        whole = operator.index(value)
+        try:
+            whole = operator.index(value)
+        except TypeError as error:      # an array's, of one element even
+            raise TypeError(
+                f"{name} must be {RANGES[INTEGER]}, got {value!r}: {error}"
+            ) from error
         if not 0 <= whole < 2**64:
             raise ValueError(f"{name} must be {RANGES[INTEGER]}, got {value!r}")
         return whole
@@ -432,6 +437,20 @@ cdef int check_options(Rule rule, const Options *o, bint as_float32, str prefix=
             raise ValueError(prefix + REFUSALS[refused & -refused].format(
                 name=name_at(i), rule=RULE_ROWS[rule].name.decode(), value=value_of(o, i)
             ))
+    if as_float32 and corrects_bias(rule):
+        # most at the first step
+        if isinf(<float>(o.kernel.lr / (1 - o.kernel.beta1))):
+            raise ValueError(
+                f"{prefix}lr / (1 - beta1) must be finite in float32, "
+                f"got {o.kernel.lr!r} / (1 - {o.kernel.beta1!r})"
+            )
+        if o.kernel.eps_in_sqrt and o.kernel.eps != 0 and (
+            <float>(o.kernel.eps * (1 - o.kernel.beta2)) == 0
+        ):
+            raise ValueError(
+                f"{prefix}eps * (1 - beta2) must not vanish in float32 with eps_in_sqrt=True, "
+                f"got {o.kernel.eps!r} * (1 - {o.kernel.beta2!r})"
+            )
     if o.kernel.decoupled_weight_decay:
         shrink = 1 - o.kernel.lr * o.kernel.weight_decay
         if not isfinite(shrink) or (as_float32 and isinf(<float>shrink)):

@@ -678,7 +678,8 @@ cdef class Plan(Table):
     def _states_in_use(self):
         """Of each parameter, the names of the states that its rule has."""
         cdef Py_ssize_t i
-        return [names_of(self._groups.at[self._slots[i].group].rule) for i in range(self._n)]
+        with critical_section(self):
+            return [names_of(self._groups.at[self._slots[i].group].rule) for i in range(self._n)]
 
     @property
     def _masters(self):
@@ -843,7 +844,7 @@ cdef object add_up(Plan self, object grads, object _, object __):
     cdef Tensor *sums
     cdef Tensor *t
     if self._bound is None:
-        raise RuntimeError("accumulate() needs gradients bound with SGD(..., grads=...)")
+        raise RuntimeError("accumulate() needs gradients that were bound at construction, grads=…")
     self._look_at_bound()
     if self._bound_scattered:
         raise ValueError(
@@ -898,7 +899,7 @@ cdef object zero_bound(Plan self, object _, object __, object ___):
     cdef Step step
     cdef list sets
     if self._bound is None:
-        raise RuntimeError("zero_grad() needs gradients bound with SGD(..., grads=...)")
+        raise RuntimeError("zero_grad() needs gradients that were bound at construction, grads=…")
     sets = self._bound_sets()
     step = step_over(True)
     self._look_again()

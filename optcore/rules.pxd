@@ -266,5 +266,5 @@ cdef inline bint corrects_bias(const Rule rule) noexcept nogil:
 
 
 cdef inline bint counts_steps(const Rule rule) noexcept nogil:
-    """Whether a step depends on how many its parameter has had."""
+    """Whether the steps of each parameter are counted."""
     return rule == ADAGRAD or family_of(rule) == RMSPROP or corrects_bias(rule)

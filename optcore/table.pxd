@@ -85,7 +85,10 @@ cdef class Table:
     cdef Py_ssize_t _velocity   # their place among the states; -1: the rule has none
     cdef bint _bound_scattered
     cdef readonly tuple _state_names
+    cdef readonly tuple _first_states   # of them, those of the family's plainest rule
     cdef list _states           # of each name: one array a parameter, or None before they start
+    cdef Buffer _kept           # the same to C, tensor by tensor; NULL where there is none
+    cdef Buffer _places         # of each rule's states, and then of the others, among the names
     cdef tuple _averages
     cdef tuple _rests           # of half parameters: low halves or float32 copies; else None
     cdef dict _buffers          # by set and parameter: where scattered gradients are put together
@@ -111,7 +114,8 @@ cdef class Table:
     cdef int _install_rests(self, tuple rests) except -1
     cdef int _start_rests(self) except -1
     cdef int _install_state(self, Py_ssize_t k, tuple arrays) except -1
-    cdef void _point_at_states(self, Py_ssize_t i) noexcept
+    cdef int _lay_states(self) except -1
+    cdef void _follow_rule(self, Py_ssize_t i) noexcept
     cdef Count *_counts(self) noexcept
     cdef void _count_step(self, const Step *step) noexcept
     cdef int _install_averages(self, tuple averages, Py_ssize_t first) except -1

@@ -43,8 +43,10 @@ from optcore.options cimport (
 )
 from optcore.rows cimport as_gradient, catch_up_between, is_rows_of
 from optcore.rules cimport (
+    MOST_STATES,
     N_RULES,
     RULE_ROWS,
+    SGD,
     Scalars,
     corrects_bias,
     counts_steps,
@@ -160,8 +162,10 @@ cdef class Table:
         self._written, self._others = Spans(), Spans()
         self._family, self._rule_given = family, rule
         self._state_names = states_of(family, rule)
+        self._first_states = names_of(family if rule < 0 else rule)
         self._count_names = counts_of(family if rule < 0 else rule)
         self._states = [None] * len(self._state_names)
+        self._lay_states()
         self._rests = (None,) * self._n
         self._borrowed = set()
         self._velocity = -1
@@ -241,7 +245,12 @@ cdef class Table:
         cdef Py_ssize_t i
         cdef ndarray a
         cdef Watch watch = Watch()
-        cdef tuple given = roots.read(self._n, watch)
+        cdef tuple given
+        if self._family != SGD:
+            raise TypeError(
+                "velocities must be left out: load_state_dict() of a state that has them"
+            )
+        given = roots.read(self._n, watch)
         lent = list(self._on_loan or (None,) * self._n)
         for i in range(first, self._n):
             if given[i] is None:
@@ -358,17 +367,9 @@ cdef class Table:
     cdef void _follow_groups(self) noexcept:
         """Have the states of the rule, and round, as the groups' options say now."""
         cdef Py_ssize_t i
-        cdef Rule rule
         self._any_draws = False
         for i in range(self._n):
-            rule = self._groups.at[self._slots[i].group].rule
-            if self._tensors[i].rule != rule:
-                self._tensors[i].rule = rule
-                self._point_at_states(i)
-            round_streams(
-                &self._tensors[i],
-                self._groups.at[self._slots[i].group].options.rounding == STOCHASTIC,
-            )
+            self._follow_rule(i)
             self._any_draws |= self._tensors[i].draws
 
     cdef object _master(self, Py_ssize_t i):
@@ -416,24 +417,42 @@ cdef class Table:
         with critical_section(self):
             self._states = states
         for i in range(self._n):
-            self._point_at_states(i)
+            (<Stream *>self._kept.at)[i * len(states) + k] = stream_at(
+                PyArray_DATA(<ndarray>arrays[i]), self._state_storage(i, k)
+            )
         self._follow_groups()
         return self._list_written()
 
-    cdef void _point_at_states(self, Py_ssize_t i) noexcept:
-        """Point a tensor at the states of its rule in the rule's order, and then at the others."""
+    cdef int _lay_states(self) except -1:
+        """Note where each rule finds its states among the names, -1 for nowhere."""
+        cdef Rule rule
+        cdef int j
+        cdef int *places
+        self._kept = zeroed(self._n * len(self._state_names), sizeof(Stream))
+        self._places = zeroed(N_RULES * MOST_STATES, sizeof(int))
+        places = <int *>self._places.at
+        for rule in range(N_RULES):
+            names = names_of(rule)
+            names += tuple([name for name in self._state_names if name not in names])
+            for j in range(MOST_STATES):
+                places[rule * MOST_STATES + j] = -1
+                if j < len(names) and names[j] in self._state_names:
+                    places[rule * MOST_STATES + j] = self._state_names.index(names[j])
+        return 0
+
+    cdef void _follow_rule(self, Py_ssize_t i) noexcept:
+        """Have a tensor the rule of its group, that rule's states and its rounding."""
         cdef Tensor *t = &self._tensors[i]
-        cdef Py_ssize_t k
-        cdef int j = 0
-        cdef list order = list(names_of(t.rule))
-        order += [name for name in self._state_names if name not in order]
-        for name in order:
-            k = self._state_names.index(name) if name in self._state_names else -1
-            if k >= 0 and self._states[k] is not None:
-                t.states[j] = stream_at(
-                    PyArray_DATA(<ndarray>self._states[k][i]), self._state_storage(i, k)
-                )
-            j += 1
+        cdef const Group *group = &self._groups.at[self._slots[i].group]
+        cdef const Stream *kept = <const Stream *>self._kept.at + i * len(self._states)
+        cdef const int *places = <const int *>self._places.at + group.rule * MOST_STATES
+        cdef int j
+        t.rule = group.rule
+        for j in range(MOST_STATES):
+            t.states[j] = stream_at(NULL, arithmetic_of(t.param.storage))
+            if places[j] >= 0 and kept[places[j]].data != NULL:
+                t.states[j] = kept[places[j]]
+        round_streams(t, group.options.rounding == STOCHASTIC)
 
     cdef Count *_counts(self) noexcept:
         return <Count *>PyArray_DATA(self._count_array)
@@ -487,6 +506,7 @@ cdef class Table:
             self._params, self._keys = grown._params, grown._keys
             self._bound, self._bound_scattered = grown._bound, grown._bound_scattered
             self._on_loan, self._states = grown._on_loan, grown._states
+            self._kept = grown._kept
             self._averages, self._rests = grown._averages, grown._rests
             self._buffers, self._histories = grown._buffers, grown._histories
             self._counted, self._count_array = grown._counted, grown._count_array
@@ -705,7 +725,8 @@ cdef class Table:
                 has_gradient = True
                 n_elements += t.size
                 rule = self._groups.at[slot.group].rule
-                t.rule = rule
+                if t.rule != rule:      # options that were refused since may have changed it
+                    self._follow_rule(i)
                 t.variant = variant_of(
                     rule, &self._groups.at[slot.group].options.kernel,
                     slot.first_step and not self._groups.at[slot.group].options.dampen_first
@@ -796,7 +817,9 @@ cdef class Table:
         if not self._skips_rows(i):
             rule = self._groups.at[slot.group].rule
             reason = None
-            if self._averages is not None:
+            if not is_linear(rule):
+                reason = "the rule sgd, momentum or nesterov: of no other can steps be multiplied"
+            elif self._averages is not None:
                 reason = "ema_decay=None: what a row was between its steps is nowhere to average"
             elif is_rounded(self._tensors[i].param.storage) or (
                 self._velocity >= 0 and is_rounded(self._state_storage(i, self._velocity))
@@ -805,8 +828,6 @@ cdef class Table:
                     "a master, and velocity_dtype other than bfloat16: what each step had rounded "
                     "off cannot be known afterwards"
                 )
-            elif not is_linear(rule):
-                reason = "the rule sgd, momentum or nesterov: of no other can steps be multiplied"
             if reason is not None:
                 raise ValueError(
                     f"{spell(label)}: Rows with lazy='exact' needs {reason}; lazy='rows' leaves "

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import itertools
 import math
 import pickle
 import re
@@ -483,6 +484,111 @@ def test_switches_may_be_set_while_training(rng):
     assert same_bits(entry["max_exp_avg_sq"], entry["exp_avg_sq"])
 
 
+SWITCHES = {
+    "rmsprop": {}, "rmsprop_momentum": {"momentum": 0.5}, "rmsprop_centered": {"centered": True},
+    "rmsprop_nesterov": {"momentum": 0.5, "nesterov": True},
+    "rmsprop_centered_momentum": {"momentum": 0.5, "centered": True},
+    "rmsprop_centered_nesterov": {"momentum": 0.5, "centered": True, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(SWITCHES, 2)), ids=" to ".join)
+def test_any_rule_of_a_family_may_follow_another(names, rng):
+    """Each keeps its states apart, wherever those of the other lie, and begins with zeros."""
+    x = rng.standard_normal(40).astype(np.float32)
+    opt, y, states = optcore.RMSProp(x, lr=0.1), x.copy(), {}
+    for name in (*names, *names):
+        rule = RULES_BY_ID[name]
+        opt.param_groups[0].update({"momentum": 0.0, "centered": False, "nesterov": False,
+                                    **SWITCHES[name]})
+        for _ in range(2):
+            g = rng.standard_normal(40).astype(np.float32)
+            opt.step(g)
+            y, new = rule.reference(
+                y, g, [states.get(state, np.zeros_like(x)) for state in rule.states],
+                Options(lr=0.1, momentum=0.5 if rule.has_momentum else 0.0))
+            states.update(zip(rule.states, new, strict=True))
+            assert same_bits(x, y)
+    entry = opt.state_dict()["state"][0]
+    for state in ("square_avg", "velocity", "grad_avg"):
+        assert (entry[state] is None) is (state not in states)
+        assert entry[state] is None or same_bits(entry[state], states[state])
+
+
+def test_a_refused_schedule_leaves_states_where_they_are():
+    """The first group has another rule by then, and a call between steps meets it."""
+    rho = [0.9, 0.0]
+    params, grads = [np.ones(4), np.ones(4)], [np.ones(4), np.ones(4)]
+    opt = optcore.RMSProp(
+        [{"params": [params[0]], "momentum": lambda step: rho[step > 2]},
+         {"params": [params[1]], "momentum": lambda step: rho[step > 2], "nesterov": True}],
+        lr=0.01, centered=True, grads=grads)
+    for _ in range(3):
+        opt.step()
+    velocity = opt.state_dict()["state"][0]["velocity"]
+    with pytest.raises(ValueError, match="nesterov must have momentum > 0"):
+        opt.step()
+    opt.zero_grad()
+    opt.param_groups[1]["nesterov"] = False
+    before = opt.state_dict()["state"][0]["grad_avg"]
+    for g in grads:
+        g[:] = 1
+    opt.step()
+    entry = opt.state_dict()["state"][0]
+    assert same_bits(entry["velocity"], velocity)
+    assert same_bits(entry["grad_avg"], 0.99 * before + (1 - 0.99) * np.ones(4))
+
+
+@by_kind
+def test_velocities_of_the_callers_are_sgds(kind):
+    x = ones()
+    with pytest.raises(TypeError, match="velocities"):
+        kind_of(kind)(x, velocities=ones())
+    opt = kind_of(kind)(x)
+    opt.step(ones())
+    before = contents(opt)
+    with pytest.raises(TypeError, match="velocities must be left out"):
+        opt.add_param_group({"params": ones()}, velocities=np.zeros(3, np.float32))
+    assert contents(opt) == before
+    opt.step(ones())
+
+
+@by_kind
+def test_states_are_brought_to_another_dtype(kind, tmp_path):
+    narrow = kind_of(kind)(ones(300), state_dtype="bfloat16")
+    for _ in range(3):
+        narrow.step(np.linspace(0.1, 1, 300, dtype=np.float32))
+    wide = kind_of(kind)(ones(300))
+    wide.load_state_dict(narrow.state_dict())
+    assert wide.state_dtype is None
+    narrow.save(tmp_path / "file")
+    loaded = kind_of(kind).load(tmp_path / "file", ones(300), state_dtype=None)
+    for opt in (wide, loaded):
+        for name in opt._state_names:
+            a, b = (each.state_dict()["state"][0][name] for each in (opt, narrow))
+            assert a is b is None or same_bits(a, widened(b))
+    narrow.load_state_dict(wide.state_dict())
+    assert narrow.state_dtype == "bfloat16"
+
+
+def test_the_accumulators_begin_stays_the_optimizers():
+    saved = optcore.AdaGrad(ones(), initial_accumulator_value=0.5)
+    other = optcore.AdaGrad(ones())
+    other.load_state_dict(saved.state_dict())
+    assert other.initial_accumulator_value == 0.0
+    assert (other.state_dict()["state"][0]["square_sum"] == 0.5).all()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"lr": 1e38}, r"lr / \(1 - beta1\) must be finite"),
+    ({"eps": 1e-43, "eps_in_sqrt": True}, r"eps \* \(1 - beta2\) must not vanish"),
+])
+def test_what_float32_cannot_hold_of_a_combination_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        optcore.Adam(ones(), **options)
+    optcore.Adam(ones(dtype=np.float64), **options)
+
+
 @pytest.mark.parametrize("options", [
     {}, {"momentum": 0.5}, {"centered": True}, {"momentum": 0.5, "centered": True},
     {"momentum": 0.5, "nesterov": True, "lr_in_velocity": True},
@@ -537,7 +643,7 @@ def test_copies_pickles_and_files(kind, rng, tmp_path):
 @pytest.mark.parametrize(("key", "bad", "error"), [
     ("step", -1, ValueError), ("step", 1.5, ValueError), ("step", None, ValueError),
     ("step", True, ValueError), ("beta1_power", 2.0, ValueError), ("beta2_power", None, ValueError),
-    ("beta1_power", math.nan, ValueError),
+    ("beta1_power", math.nan, ValueError), ("step", 2**53 + 1, ValueError),
 ])
 def test_bad_counts_are_refused(kind, key, bad, error):
     opt = kind_of(kind)(ones())
@@ -555,6 +661,47 @@ def test_bad_counts_are_refused(kind, key, bad, error):
     with pytest.raises(KeyError, match=key):
         opt.load_state_dict(state)
     assert contents(opt) == before
+
+
+@by_kind
+@pytest.mark.parametrize("changes", [
+    {"step": 0}, {"beta1_power": 1.0}, {"exp_avg_sq": None}, {"square_avg": None},
+    {"square_sum": None},
+])
+def test_what_contradicts_itself_is_refused(kind, changes):
+    opt = kind_of(kind)(ones())
+    opt.step(ones())
+    state, before = opt.state_dict(), contents(opt)
+    if not changes.keys() <= state["state"][0].keys() or (
+        changes == {"step": 0} and "beta1_power" not in state["state"][0]
+    ):
+        pytest.skip("another rule's")
+    state["state"][0].update(changes)
+    with pytest.raises(ValueError, match=r"\['state'\]\[0\]"):
+        opt.load_state_dict(state)
+    assert contents(opt) == before
+
+
+def test_what_begins_once_is_no_schedule():
+    for given in ({"initial_accumulator_value": lambda step: 1.0},):
+        with pytest.raises(TypeError, match="initial_accumulator_value must be a finite number"):
+            optcore.AdaGrad(ones(), **given)
+        with pytest.raises(TypeError, match="initial_accumulator_value must be a finite number"):
+            optcore.AdaGrad([{"params": ones(), **given}])
+
+
+def test_adamw_stays_decoupled(tmp_path):
+    adam = optcore.Adam(ones(), weight_decay=0.25)
+    adam.step(ones())
+    adam.save(tmp_path / "file")
+    opt = optcore.AdamW(ones())
+    opt.load_state_dict(adam.state_dict())
+    loaded = optcore.AdamW.load(tmp_path / "file", ones())
+    for each in (opt, loaded):
+        assert each.decoupled_weight_decay is True
+        assert each.weight_decay == 0.25
+    with pytest.raises(optcore.CheckpointError, match=r"no option 'eps_in_sqrt'|no option 'lr_d"):
+        optcore.AdaGrad.load(tmp_path / "file", ones())
 
 
 @by_kind

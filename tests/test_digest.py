@@ -224,8 +224,8 @@ def adaptive_functions(dtype):
         arrays = [np.abs(a) if "sq" in state else a
                   for a, state in zip(arrays, states, strict=True)]
         getattr(optcore, f"{name}_step")(
-            x, g, **dict(zip(states, arrays, strict=True)), lr=0.1, grad_scale=0.3, eps_in_sqrt=inside,
-            flush_subnormals=flush, **options, **decay, **clip)
+            x, g, **dict(zip(states, arrays, strict=True)), lr=0.1, grad_scale=0.3,
+            eps_in_sqrt=inside, flush_subnormals=flush, **options, **decay, **clip)
         yield x, *arrays
 
 

@@ -557,7 +557,7 @@ def test_an_error_while_others_add_their_squares_is_raised():
 
 def test_accumulate_refuses(rng):
     params, grads = model(rng), model(rng)
-    with pytest.raises(RuntimeError, match="needs gradients bound"):
+    with pytest.raises(RuntimeError, match="needs gradients that were bound"):
         optcore.SGD(params, lr=0.1).accumulate(grads)
     grads[1] = None
     opt = optcore.SGD(params, lr=0.1, grads=grads)

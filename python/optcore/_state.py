@@ -30,8 +30,10 @@ NEW_SINCE = {
     "lazy": 5,
 }
 # As the optimizer was built; what a state holds is converted.
-STORAGE = ("master", "velocity_dtype")
-LASTING = ("lr_in_velocity", *STORAGE)
+STORAGE = ("master", "velocity_dtype", "state_dtype")
+LASTING = ("lr_in_velocity", "initial_accumulator_value", *STORAGE)
+# The counts that a float64 holds
+MOST_STEPS = 2**53
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -229,7 +231,8 @@ class State:
                     f"got {key}={group[key]!r}"
                 )
             kept[key] = group[key]
-        return {**{key: value for key, value in saved.items() if key != "schedules"}, **kept}
+        taken = {key: value for key, value in saved.items() if key != "schedules"}
+        return {**taken, **kept, **self.opt._always}
 
     def _conversion(
         self, where: str, group: dict[str, Any], saved: Mapping[str, Any], options: dict[str, Any]
@@ -295,7 +298,16 @@ class State:
             )
         entry["first_step"] = bool(saved["first_step"])
         for key in numbers:
-            entry[key] = _saved_number(saved, key, where)
+            entry[key] = saved_number(saved, key, where)
+        for key in numbers[1:]:
+            if (entry[key] == 1) != (entry["step"] == 0):
+                raise ValueError(
+                    f"{where}[{key!r}] must be 1 before the first step and only then, got "
+                    f"{entry[key]!r} with step={entry['step']!r}"
+                )
+        for key in self.opt._first_states if numbers else ():
+            if entry[key] is None:
+                raise ValueError(f"{where}[{key!r}] must be an array, got None")
         average = entry["ema"]
         if (average is not None) != (self.opt.ema_decay is not None):
             raise ValueError(
@@ -364,10 +376,13 @@ def _plain(value: Any) -> Any:
     return value if number is None else number
 
 
-def _saved_number(saved: Mapping[str, Any], key: str, where: str) -> float:
+def saved_number(saved: Mapping[str, Any], key: str, where: str) -> float:
     """Return a parameter's count of steps, or a product of as many numbers below 1."""
     if key == "step":
-        return saved_count(saved, key, where)
+        count = saved_count(saved, key, where)
+        if count > MOST_STEPS:
+            raise ValueError(f"{where}[{key!r}] must be at most 2**53, got {count!r}")
+        return count
     number = plain_number(saved[key])
     if number is None or not 0 <= number <= 1:
         raise ValueError(f"{where}[{key!r}] must be a number in [0, 1], got {saved[key]!r}")

@@ -1,7 +1,7 @@
 """AdaGrad, RMSProp, Adam and AdamW, whose steps are divided by what gradients were."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from optcore.optimizer import AdaptiveOptions, GroupOption, Optimizer, Schedule
 
@@ -316,9 +316,12 @@ class AdamW(Adam):
     Notes
     -----
     Loshchilov and Hutter 2019. Options and their defaults are those of ``torch.optim.AdamW``.
+    Loading a state of `Adam` leaves the decay decoupled.
     """
 
     __slots__ = ()
+
+    _always: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
 
     def __init__(
         self,

@@ -273,7 +273,7 @@ def _numbers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _refused(name: str, why: str) -> Callable[..., Any]:
-    """Return what stands for a method of `optcore.SGD` that an optimizer here cannot have."""
+    """Return what stands for a method that an optimizer here cannot have."""
     why = why.format(name=name)
 
     def method(self: Optimizer, *arguments: Any, **options: Any) -> Any:
@@ -405,7 +405,7 @@ class _Distributed(Optimizer):
                 if by_rows:
                     raise TypeError(
                         f"grads must be arrays, got Rows at {by_rows}: {type(self).__name__} cuts "
-                        "parameters within rows; DataParallelSGD takes them"
+                        "parameters within rows; DataParallelSGD and its kin take them"
                     )
                 _, values, decay = self._check_step(self._structured(own), grad_scale, False)
             scale = float(grad_scale)
@@ -688,7 +688,7 @@ class _Sharded(_Distributed):
         "give it this one's state by load_state_dict(old.state_dict(), by_name=True)")
 
     catch_up = _refused(
-        "catch_up", "it cuts parameters within rows and takes no Rows; DataParallelSGD does")
+        "catch_up", "it cuts parameters within rows and takes no Rows; DataParallelSGD and kin do")
 
     @property
     def _checking(self) -> Optimizer:

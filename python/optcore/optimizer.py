@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, ValuesView
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -106,6 +106,8 @@ class Optimizer(Plan):
 
     # The rule that it is named for, by which options of groups are known, and choose others.
     _family = "sgd"
+    # Options that no load changes.
+    _always: ClassVar[dict[str, Any]] = {}
     # The rule of every group; None: the one that options choose.
     _rule: str | None = None
 
@@ -150,7 +152,7 @@ class Optimizer(Plan):
     ) -> None:
         """Step more parameters, as if they had been given as one more group from the beginning.
 
-        Velocities, averages and counts of the others stay.
+        States, averages and counts of the others stay.
 
         Parameters
         ----------
@@ -389,12 +391,13 @@ class Optimizer(Plan):
         Returns
         -------
         dict
-            ``"state"`` maps each parameter's index to its ``"velocity"`` (a copy, or None), its
-            ``"ema"`` (a copy, or None), ``"first_step"`` and, where one is kept, its ``"master"``
-            (a float32 copy). ``"param_groups"`` holds each group's options, with indices for
-            ``"params"``; those that were schedules are None and named in its ``"schedules"``. Then
-            ``"step_count"``, ``"skipped"`` and ``"version"``. Plain arrays and numbers throughout,
-            of one moment; of bfloat16 as `optcore.bfloat16` declares them.
+            ``"state"`` maps each parameter's index to its states by name, ``"velocity"`` say (a
+            copy, or None), its ``"ema"`` (a copy, or None), ``"first_step"``, of adaptive rules
+            ``"step"`` and of Adam ``"beta1_power"`` and ``"beta2_power"``, and, where one is kept,
+            its ``"master"`` (a float32 copy). ``"param_groups"`` holds each group's options, with
+            indices for ``"params"``; those that were schedules are None and named in its
+            ``"schedules"``. Then ``"step_count"``, ``"skipped"`` and ``"version"``. Plain arrays
+            and numbers throughout, of one moment; of bfloat16 as `optcore.bfloat16` declares them.
 
         Raises
         ------
@@ -434,8 +437,9 @@ class Optimizer(Plan):
         """Go on from a state that `state_dict` returned.
 
         Options in the state replace those of the groups, but for two kinds: where the state
-        was saved with a schedule, this optimizer's own stays; and `lr_in_velocity`, `master` and
-        `velocity_dtype` stay as this optimizer was built. Velocities of the other convention are
+        was saved with a schedule, this optimizer's own stays; and `lr_in_velocity`, `master`,
+        `velocity_dtype`, `state_dtype` and `initial_accumulator_value` stay as this optimizer was
+        built. Velocities of the other convention are
         converted by the factor -lr (v_right = -α·v_left), rounded once, and again where they are
         kept in bfloat16. A master is gone on from where its parameter shows it.
 
@@ -558,9 +562,9 @@ class Optimizer(Plan):
         lr, ema_decay : callable
             The schedules, where the saved optimizer had them: a file holds none.
         **more
-            The schedules of other options, likewise; ``master`` and ``velocity_dtype``, where
-            other ones are wanted than were saved; ``grads``, and what else the constructor takes,
-            are passed to it.
+            The schedules of other options, likewise; ``master``, ``velocity_dtype`` and
+            ``state_dtype``, where other ones are wanted than were saved; ``grads``, and what else
+            the constructor takes, are passed to it.
 
         Raises
         ------
@@ -579,8 +583,12 @@ class Optimizer(Plan):
         if lr is not None:
             schedules["lr"] = lr
         with checkpoint.refusing(path):
-            saved = [{**{key: completed(group, contents["version"])[key] for key in known},
-                      **storage} for group in contents["param_groups"]]
+            saved = [completed(group, contents["version"]) for group in contents["param_groups"]]
+            missing = [key for key in known for group in saved if key not in group]
+            if missing:
+                raise ValueError(f"its groups have no option {missing[0]!r}, as of another class")
+            saved = [{**{key: group[key] for key in known}, **storage, **cls._always}
+                     for group in saved]
             scheduled = [schedules_of(group) for group in contents["param_groups"]]
             options = dict(contents["options"])
             averages = any(entry["ema"] is not None for entry in contents["state"].values())

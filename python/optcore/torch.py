@@ -7,6 +7,7 @@ built anew whenever these hold other tensors, or tensors in another place, than 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, overload
@@ -22,7 +23,7 @@ import numpy as np
 
 import optcore
 from optcore import _lookups
-from optcore._state import STORAGE, saved_count
+from optcore._state import STORAGE, saved_count, saved_number
 from optcore.adaptive import AdaGradOptions, RMSPropOptions
 from optcore.arrays import bfloat16, is_bfloat16
 from optcore.groups import GROUP_NOTES
@@ -44,6 +45,10 @@ MASTER_AND_AVERAGE = {*MASTER_KEYS.values(), "ema"}
 # What PyTorch calls a state otherwise, and the options that say how states are stored
 STATE_KEYS = {"velocity": "momentum_buffer", "square_sum": "sum"}
 STATE_DTYPES = {"velocity_dtype", "state_dtype"}
+# A beta to the number of steps, which parameters mostly have alike
+_power = functools.lru_cache(maxsize=1024)(running_power)
+# States that may begin after the first step, from zeros
+BEGUN_LATE = ("momentum_buffer", "velocity", "grad_avg", "max_exp_avg_sq")
 # Options by which a rule has more states or others
 SWITCHES = ("lr_in_velocity", "centered", "amsgrad")
 
@@ -265,8 +270,6 @@ class _Optimizer(torch.optim.Optimizer):
     _group_options: dict[str, Any]
     # Keys that tell a state of PyTorch's class of that name
     _own_keys: frozenset[str]
-    # Of `state`, numbers of a parameter's steps
-    _count_keys: tuple[str, ...] = ()
     # Whether states are there before the first gradient
     _starts_at_once = False
 
@@ -282,6 +285,9 @@ class _Optimizer(torch.optim.Optimizer):
     _replicas: Any = None   # the DistributedDataParallel model that averages the gradients
     _histories: list[Any] | None = None     # of a copy's rows, until it has a plan
     _piece: Stepping | None = None      # the step that backward() has begun
+    _betas_seen: list[Any] | None = None    # and counts, for which the plan has its powers
+    _counts_seen: Any = None
+    _lasting: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()    # how groups are stored
 
     def _start(self, given: Mapping[str, Any]) -> None:
         """Build from the arguments of the constructor by their names."""
@@ -457,12 +463,12 @@ class _Optimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of this class or of ``torch.optim.SGD``.
+        """Go on from a state of this class or of PyTorch's of its name.
 
         Options that it does not have (``clip_value``, say, in PyTorch's) stay, averages that it
         does not have begin anew, and how the other one ran (``foreach``, ``fused``) is not taken
-        over. `master` and `velocity_dtype` stay, and what the state has is converted to them. All
-        else is as ``torch.optim.Optimizer.load_state_dict`` has it.
+        over. `master`, `velocity_dtype` and `state_dtype` stay, and what the state has is converted
+        to them. All else is as ``torch.optim.Optimizer.load_state_dict`` has it.
 
         Parameters
         ----------
@@ -498,7 +504,7 @@ class _Optimizer(torch.optim.Optimizer):
             group = {
                 **{key: own[key] for key in self._group_options}, **saved,
                 **{key: SWITCHED_OFF[key] for key in SWITCHED_OFF if key in saved},
-                **{key: own[key] for key in STORAGE if key in own},
+                **{key: own[key] for key in STORAGE if key in own}, **self._core._always,
             }
             if "step_count" in group:
                 self._applied = saved_count(
@@ -569,9 +575,12 @@ class _Optimizer(torch.optim.Optimizer):
         if plan is None or not taken:
             self._measured = (None, [])
             return loss
+        self._follow_counts(plan)
         scale = getattr(self, "grad_scale", None)
         applied = plan.step(grads, grad_scale=1.0 if scale is None else 1 / float(scale))
         self._watch_rows(plan)
+        if plan._count_array is not None:
+            self._counts_seen = plan._count_array.copy()
         self._measured = (plan.grad_norm, plan.nonfinite_params)
         self._applied = plan.step_count
         if applied:
@@ -684,6 +693,7 @@ class _Optimizer(torch.optim.Optimizer):
         if self._piece is not None:
             self._piece.step(given)
         else:
+            self._follow_counts(plan)
             with contextlib.ExitStack() as beginning:
                 piece = beginning.enter_context(plan.stepping())
                 piece.step(given)
@@ -815,7 +825,7 @@ class _Optimizer(torch.optim.Optimizer):
                 seen += id(param), _place(param), self._in_backward and param.requires_grad
         for param, entry in self.state.items():
             for key, held in entry.items():
-                seen += id(param), key, id(held) if key in self._count_keys else _place(held)
+                seen += id(param), key, id(held) if key == "step" else _place(held)
         return seen
 
     def _build(self, *, loaded: bool = False) -> None:
@@ -843,11 +853,17 @@ class _Optimizer(torch.optim.Optimizer):
             own_names = group["param_names"] if names else None
             groups.append({**self._options(group), "params": params, "param_names": own_names})
         options = self._own_numbers()
+        lasting = [{key: group[key] for key in STORAGE if key in group} for group in groups]
+        for g, (was, now) in enumerate(zip(self._lasting, lasting, strict=False)):
+            if was != now:
+                raise ValueError(
+                    f"param_groups[{g}] must keep {was!r} as the optimizer was built, got {now!r}"
+                )
         if not self._owners:
             return
         ema_decay = options.pop("ema_decay")
         plan = self._core(groups, **options)
-        used, counts = plan._states_in_use, self._counts_of(plan)
+        used, steps = plan._states_in_use, self._steps_of(plan)
         states: dict[str, list[Any]] = {
             name: [None] * len(self._owners) for name in plan._state_names}
         masters: list[tuple[int, dict[str, Any], str, Any]] = []
@@ -857,13 +873,16 @@ class _Optimizer(torch.optim.Optimizer):
             lazy = torch.nn.parameter.is_lazy(owner.param)
             held = {} if lazy else self.state.get(owner.param, {})
             keys = {owner.key_of(name): name for name in plan._state_names}
-            for key in self._count_keys if any(key in keys for key in held) else ():
-                changed.append((held, key, counts[key][i]))
-            if "step" in self._count_keys:
+            if steps is not None and any(key in keys for key in held):
                 entries[i].update(self._count_in(held, f"state[{i}]", i))
+                changed.append((held, "step", steps[i]))
+                for key in map(owner.key_of, used[i]):
+                    if key not in BEGUN_LATE and held.get(key) is None:
+                        raise KeyError(f"state[{i}] must have {key!r} beside 'step', got "
+                                       f"{list(held)!r}")
             for key, old in held.items():
                 where = f"state[{i}][{key!r}]"
-                if key in self._count_keys:
+                if key == "step" and steps is not None:
                     continue
                 if key not in {*keys, *MASTER_KEYS.values()} and (
                     key != "ema" or ema_decay is None
@@ -918,7 +937,7 @@ class _Optimizer(torch.optim.Optimizer):
         if histories is not None:
             plan._take_histories(histories)
         # Nothing from here on can fail
-        self._histories = None
+        self._histories, self._lasting = None, lasting
         for held, key, new in changed:
             if new is None:
                 del held[key]
@@ -941,42 +960,51 @@ class _Optimizer(torch.optim.Optimizer):
         self._seen = self._look()
         self._plan = plan
 
-    def _counts_of(self, plan: Optimizer) -> dict[str, torch.Tensor]:
-        """Return the plan's numbers of steps, one a parameter, under the keys of `state`."""
-        if plan._count_array is None:
-            return {}
-        columns = torch.from_numpy(plan._count_array).unbind(1)
-        return dict(zip(self._count_keys, columns, strict=False))
+    def _steps_of(self, plan: Optimizer) -> Any:
+        """Return the plan's count of steps of each parameter, for `state` to have; or None."""
+        counts = plan._count_array
+        return None if counts is None else torch.from_numpy(counts)[:, 0]
 
-    def _count_in(
-        self, held: Mapping[str, Any], where: str, i: int
-    ) -> dict[str, Any]:
-        """Return what the plan has of a parameter's steps, as `state` has it.
-
-        PyTorch keeps their number alone, to which the group's betas are raised.
-        """
-        step = held.get("step", 0)
-        step = step.item() if isinstance(step, torch.Tensor) else step
+    def _count_in(self, held: Mapping[str, Any], where: str, i: int) -> dict[str, Any]:
+        """Return what the plan has of a parameter's steps, from what `state` has."""
+        if "step" not in held:
+            raise KeyError(f"{where} must have a 'step', got {list(held)!r}")
+        step = held["step"]
+        if isinstance(step, torch.Tensor) and step.numel() == 1:
+            step = step.item()
         if isinstance(step, float) and step.is_integer():
             step = int(step)
-        step = saved_count({"step": step}, "step", where)
-        found: dict[str, Any] = {"step": step}
-        for name in self._count_keys[1:]:
-            power = held.get(name)
-            found[name] = (
-                running_power(self._options(self._owners[i].group)[name[: -len("_power")]], step)
-                if power is None else float(power)
-            )
-        return found
+        count = int(saved_number({"step": step}, "step", where))
+        return {"step": count, **self._powers(self._options(self._owners[i].group), count)}
+
+    def _powers(self, options: Mapping[str, Any], step: int) -> dict[str, float]:
+        """Return the products of betas by which averages are corrected after so many steps."""
+        return {}
+
+    def _follow_counts(self, plan: Optimizer) -> None:
+        """Take over counts that were edited in `state`, and the powers of the betas of now."""
+        counts = plan._count_array
+        if counts is None:
+            return
+        betas = [(group.get("beta1"), group.get("beta2")) for group in plan.param_groups]
+        if betas == self._betas_seen and np.array_equal(counts, self._counts_seen):
+            return
+        for i, row in enumerate(counts):
+            self._count_in({"step": float(row[0])}, f"state[{i}]", i)
+        for i, row in enumerate(counts):
+            powers = self._powers(self._options(self._owners[i].group), int(row[0]))
+            row[1 : 1 + len(powers)] = [*powers.values()]
+        self._betas_seen = betas
 
     def _publish(self, plan: Optimizer, started: list[int]) -> None:
         """Put into `state` what a first gradient has brought into use."""
         entries, masters = plan._state, plan._masters
-        used, counts = plan._states_in_use, self._counts_of(plan)
+        used, steps = plan._states_in_use, self._steps_of(plan)
         for i in started:
             owner = self._owners[i]
             held = self.state[owner.param]
-            held.update({key: of_all[i] for key, of_all in counts.items()})
+            if steps is not None:
+                held["step"] = steps[i]
             for name in used[i]:
                 if held.get(owner.key_of(name)) is None:
                     held[owner.key_of(name)] = owner.lent(entries[i][name])
@@ -1159,7 +1187,6 @@ class Adagrad(_Optimizer, AdaGradOptions):
     _core = optcore.AdaGrad
     _group_options = GROUP_OPTIONS["adagrad"]
     _own_keys = frozenset({"lr", "lr_decay", "initial_accumulator_value", "eps"})
-    _count_keys = ("step",)
     _starts_at_once = True      # as PyTorch's does, which goes on from no parameter without
 
     def __init__(
@@ -1234,7 +1261,6 @@ class RMSprop(_Optimizer, RMSPropOptions):
     _core = optcore.RMSProp
     _group_options = GROUP_OPTIONS["rmsprop"]
     _own_keys = frozenset({"lr", "alpha", "eps", "centered", "momentum"})
-    _count_keys = ("step",)
 
     def __init__(
         self,
@@ -1303,15 +1329,16 @@ class Adam(_Optimizer, _AdamOptions):
     Notes
     -----
     ``state[param]`` has PyTorch's keys, and states of either class are gone on from by the other.
-    Besides, it has ``"beta1_power"`` and ``"beta2_power"``, the products of what the betas were,
-    by which averages are corrected; PyTorch raises the newest betas to the number of steps, which
-    is the same where they stay. Of a state of PyTorch's the products are formed from those.
+    As in PyTorch averages are corrected by the betas of now to the number of steps, multiplied one
+    by one; where the betas stay that is what `optcore.Adam` does.
     """
 
     _core = optcore.Adam
     _group_options = _ADAM_OPTIONS
     _own_keys = frozenset({"lr", "betas", "eps", "amsgrad"})
-    _count_keys = ("step", "beta1_power", "beta2_power")
+
+    def _powers(self, options: Mapping[str, Any], step: int) -> dict[str, float]:
+        return {f"{beta}_power": _power(float(options[beta]), step) for beta in ("beta1", "beta2")}
 
     def _spelled(self, group: Mapping[str, Any]) -> dict[str, Any]:
         betas = group["betas"]
