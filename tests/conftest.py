@@ -41,12 +41,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave the tests that run apart to the process that runs those."""
+    """Leave tests that run apart to the process that runs those, where one shall be begun."""
     chosen = config.getoption("--apart")
-    left_out = [item for item in items if (item.get_closest_marker("apart") is None) is chosen]
-    if left_out:
+    begins = any("apart" in getattr(item, "fixturenames", ()) for item in items)
+    if chosen or begins:
+        left_out = [item for item in items if (item.get_closest_marker("apart") is None) is chosen]
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        out = set(left_out)
+        items[:] = [item for item in items if item not in out]
     items.sort(key=lambda item: "apart" in getattr(item, "fixturenames", ()))   # waits longest
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import itertools
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from conftest import CXX, EXAMPLES, HAS_CXX
 import optcore
 from optcore import kernels
 from reference import RULES, RULES_BY_ID, Options, nonnegative, product, rounded, same_bits, widened
-from test_bits import all_options, by_dtype, draw_tiny
+from test_bits import all_options, by_dtype, draw_tiny, some
 
 HEADER = Path(optcore.get_include(), "optcore.h")
 
@@ -32,11 +31,6 @@ CPP = pytest.param("cpp", marks=needs_cxx)
 
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
 RULE_NAMES = re.findall(r"^    RULE_\d\((\w+)", HEADER.read_text(), re.MULTILINE)
-
-
-def some_options(rule):
-    """All combinations for the rules of SGD, every fifth for the others, which are many."""
-    return itertools.islice(all_options(rule), 0, None, 5 if rule.is_adaptive else 1)
 
 
 def number_of(rule):
@@ -118,7 +112,7 @@ def call(request, embedding):
 def test_same_bits_as_the_python_api(call, rule, dtype, rng, cases):
     name = f"{rule.name}_f{np.dtype(dtype).itemsize * 8}"
     for n in (0, 1, 37, 1000):
-        for options in some_options(rule):
+        for options in some(rule, all_options(rule)):
             x, g, *states = draw_tiny(rule, rng, n, dtype)
             expected = [a.copy() for a in (x, g, *states)]
             rule.step(*expected[:2], expected[2:], options)
@@ -152,7 +146,7 @@ def test_any_storage(step_stored, rule, rng, cases):
         ("bfloat16", "bfloat16", "float32"), ("float32", "float16", "bfloat16"),
         ("float16", "float32", "float16"), ("float32",) * 3,
     ]:
-        for o in some_options(rule):
+        for o in some(rule, all_options(rule)):
             names = [param, grad, *[state] * len(rule.states)]
             x, g, *states = (rounded(rng.standard_normal(700).astype(np.float32), name)
                              for name in names)

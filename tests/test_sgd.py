@@ -792,5 +792,5 @@ def test_zero_grad():
     opt = optcore.SGD(x, lr=0.5, grads=g)
     opt.zero_grad()
     assert not g.any()
-    with pytest.raises(RuntimeError, match="needs gradients bound"):
+    with pytest.raises(RuntimeError, match="needs gradients that were bound"):
         optcore.SGD(x, lr=0.5).zero_grad()
