@@ -21,6 +21,9 @@ CANARY = 0xA5
 
 by_rule = pytest.mark.parametrize("rule", [
     pytest.param(rule, id=rule.id, marks=[pytest.mark.apart] * rule.is_adaptive) for rule in RULES])
+by_rule_and_length = pytest.mark.parametrize(("rule", "n"), [
+    pytest.param(rule, n, id=f"{n}-{rule.id}") for rule in RULES
+    for n in (LENGTHS[::2] if rule.is_adaptive else LENGTHS)])     # those are many
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -145,8 +148,9 @@ def step_agrees(rule, x, g, states, options):
 
 
 def is_varied(rule):
-    """Whether only the momentum of its step is another than a rule's of the same states."""
-    return rule.is_adaptive and rule.has_momentum and rule.id != "rmsprop_centered_momentum"
+    """Whether only momentum or decay is another than that of a rule with the same states."""
+    return rule.decouples or (
+        rule.is_adaptive and rule.has_momentum and rule.id != "rmsprop_centered_momentum")
 
 
 def some(rule, options):
@@ -159,8 +163,7 @@ def chosen_options(rule):
 
 
 @by_dtype
-@by_rule
-@pytest.mark.parametrize("n", LENGTHS)
+@by_rule_and_length
 def test_offsets(rule, dtype, n, rng, cases):
     """Parameter, gradient and state each at every offset, all products, canaries intact."""
     placed = [Placed(values) for values in draw(rule, rng, n, dtype)]
@@ -172,8 +175,7 @@ def test_offsets(rule, dtype, n, rng, cases):
 
 
 @by_dtype
-@by_rule
-@pytest.mark.parametrize("n", LENGTHS)
+@by_rule_and_length
 def test_options(rule, dtype, n, rng, cases):
     """Every combination of options at every length and level, each array at every offset."""
     placed = [Placed(values) for values in draw_tiny(rule, rng, n, dtype)]
