@@ -104,6 +104,26 @@ def test_equals_pytorch(name, options, rng):
 
 
 @by_name
+def test_pytorch_goes_on_before_every_parameter_had_a_gradient(name):
+    """Its Adagrad has states from the beginning, and wants them."""
+    ours, theirs = kinds(name)
+    params, others = ([torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+                      for _ in range(2))
+    opts = [ours(params), theirs(others)]
+    for k in range(4):
+        if k == 2:
+            state = copy.deepcopy(opts[0].state_dict())
+            opts[0] = theirs(params)
+            opts[0].load_state_dict(state)
+        for model in (params, others):
+            model[0].grad = torch.full((2,), 0.5, dtype=torch.float64)
+            model[1].grad = None if k < 2 else torch.ones(2, dtype=torch.float64)
+        for opt in opts:
+            opt.step()
+        assert_close(params, others)
+
+
+@by_name
 def test_float32_too(name, rng):
     """Beside PyTorch in float64, no further from it than PyTorch in float32, or hardly."""
     ours, theirs = kinds(name)
