@@ -44,7 +44,7 @@ from optcore.rules cimport (
 )
 from optcore.structure cimport same_items
 
-from optcore.options import GROUP_OPTIONS
+from optcore.options import GROUP_OPTIONS, LASTING
 
 OWN_KEYS = ("params", "param_names")
 # Keys that schedulers and users write into groups and that no optimizer reads.
@@ -135,7 +135,7 @@ cdef class Groups:
                 f"{self.prefix(g)}lr_in_velocity must stay as the optimizer was built: "
                 "load_state_dict() converts between the conventions"
             )
-        for name in ("master", "velocity_dtype", "state_dtype", "initial_accumulator_value"):
+        for name in LASTING:
             was, value = value_of(built, row_named(name)), value_of(now, row_named(name))
             if value != was:
                 raise ValueError(
@@ -164,9 +164,7 @@ cdef class Groups:
         for name in self._options:
             row = row_named(name)
             value = given[name]
-            if row_at(row).range >= FLAG or is_fixed(value) or (
-                name == "initial_accumulator_value"         # read once
-            ):
+            if row_at(row).range >= FLAG or is_fixed(value) or name in LASTING:
                 take_row(&group.options, row, value, prefix + name)
                 continue
             varying.append((g, row, value))

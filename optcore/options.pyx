@@ -119,6 +119,9 @@ def defaults_of(holder, family):
             if row.holder == holder and family in row.families}
 
 
+# How states are stored; what stays as an optimizer was built, and is read but once
+STORAGE = ("master", "velocity_dtype", "state_dtype")
+LASTING = ("lr_in_velocity", "initial_accumulator_value", *STORAGE)
 GROUP_OPTIONS = {family: defaults_of(GROUP, family) for family in FAMILIES}
 OPTIMIZER_OPTIONS = defaults_of(OPTIMIZER, "sgd")       # which all have
 # The fields of optcore_options
@@ -155,7 +158,7 @@ cdef int lay_rows() except -1:
         rows[i].refused = refused
         rows[i].offset = offset
         if is_number(range) and range != POWER and (
-            name in KERNEL_OPTIONS or name == "initial_accumulator_value"
+            name in KERNEL_OPTIONS or name in LASTING
         ):
             rounded[n_rounded] = i
             n_rounded += 1

@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from test_torch import one_thread  # noqa: E402, F401 - for all tests here
+
 import optcore  # noqa: E402 - after the skip
 import optcore.torch  # noqa: E402
 from reference import RULES_BY_ID, Options, same_bits  # noqa: E402
@@ -32,14 +34,6 @@ COMBINATIONS = [
 ]
 SHAPES = [(5, 3), (7,), (), (2, 3, 4)]
 by_name = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def parameters(rng, dtype=np.float64):

@@ -12,6 +12,7 @@ from optcore.groups import OWN_KEYS
 from optcore.options import (
     CHOICES,
     GROUP_OPTIONS,
+    LASTING,
     OPTIMIZER_OPTIONS,
     checked,
     is_schedule,
@@ -29,9 +30,6 @@ NEW_SINCE = {
     "dampen_first": 3, "flush_subnormals": 3, "master": 4, "rounding": 4, "velocity_dtype": 4,
     "lazy": 5,
 }
-# As the optimizer was built; what a state holds is converted.
-STORAGE = ("master", "velocity_dtype", "state_dtype")
-LASTING = ("lr_in_velocity", "initial_accumulator_value", *STORAGE)
 # The counts that a float64 holds
 MOST_STEPS = 2**53
 

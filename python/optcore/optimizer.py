@@ -9,7 +9,6 @@ import numpy as np
 from optcore import checkpoint
 from optcore._state import (
     STATE_VERSION,
-    STORAGE,
     NotFound,
     State,
     completed,
@@ -17,7 +16,7 @@ from optcore._state import (
     schedules_of,
 )
 from optcore._structure import Group, given_groups, read_group, read_groups, structure_of
-from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, is_schedule
+from optcore.options import GROUP_OPTIONS, OPTIMIZER_OPTIONS, STORAGE, is_schedule
 from optcore.pieces import Accumulating, Collecting, Stepping
 from optcore.plan import Plan
 from optcore.structure import Nest

@@ -23,12 +23,19 @@ import numpy as np
 
 import optcore
 from optcore import _lookups
-from optcore._state import STORAGE, saved_count, saved_number
+from optcore._state import saved_count, saved_number
 from optcore.adaptive import AdaGradOptions, RMSPropOptions
 from optcore.arrays import bfloat16, is_bfloat16
 from optcore.groups import GROUP_NOTES
 from optcore.optimizer import AdaptiveOptions, GroupOption, Optimizer, SGDOptions
-from optcore.options import CHOICES, GROUP_OPTIONS, OPTIMIZER_OPTIONS, checked, running_power
+from optcore.options import (
+    CHOICES,
+    GROUP_OPTIONS,
+    OPTIMIZER_OPTIONS,
+    STORAGE,
+    checked,
+    running_power,
+)
 from optcore.pieces import Stepping
 
 # Ways of running that torch.optim has: groups hold them, as torch.optim.SGD's do, switched off.
@@ -190,6 +197,11 @@ class _Owner(NamedTuple):
                 "a clone()"
             )
         return torch.empty_like(self.param, dtype=dtype).copy_(held.detach())
+
+
+def _of_each(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the group of each parameter."""
+    return [group for group in groups for _ in group["params"]]
 
 
 def _owned(param: Any, group: dict[str, Any], label: str) -> tuple[_Owner, torch.Tensor]:
@@ -579,8 +591,7 @@ class _Optimizer(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         applied = plan.step(grads, grad_scale=1.0 if scale is None else 1 / float(scale))
         self._watch_rows(plan)
-        if plan._count_array is not None:
-            self._counts_seen = plan._count_array.copy()
+        self._note_counts(plan)
         self._measured = (plan.grad_norm, plan.nonfinite_params)
         self._applied = plan.step_count
         if applied:
@@ -770,6 +781,7 @@ class _Optimizer(torch.optim.Optimizer):
             return
         self._piece, self._stepped = None, set()
         piece.__exit__(None, None, None)
+        self._note_counts(plan)
         self._applied = plan.step_count
         started = [i for i in self._waiting if i in stepped]
         if started:
@@ -863,7 +875,7 @@ class _Optimizer(torch.optim.Optimizer):
             return
         ema_decay = options.pop("ema_decay")
         plan = self._core(groups, **options)
-        used, steps = plan._states_in_use, self._steps_of(plan)
+        used, steps, of_each = plan._states_in_use, self._steps_of(plan), _of_each(groups)
         states: dict[str, list[Any]] = {
             name: [None] * len(self._owners) for name in plan._state_names}
         masters: list[tuple[int, dict[str, Any], str, Any]] = []
@@ -874,7 +886,7 @@ class _Optimizer(torch.optim.Optimizer):
             held = {} if lazy else self.state.get(owner.param, {})
             keys = {owner.key_of(name): name for name in plan._state_names}
             if steps is not None and any(key in keys for key in held):
-                entries[i].update(self._count_in(held, f"state[{i}]", i))
+                entries[i].update(self._count_in(held, f"state[{i}]", of_each[i]))
                 changed.append((held, "step", steps[i]))
                 for key in map(owner.key_of, used[i]):
                     if key not in BEGUN_LATE and held.get(key) is None:
@@ -965,7 +977,9 @@ class _Optimizer(torch.optim.Optimizer):
         counts = plan._count_array
         return None if counts is None else torch.from_numpy(counts)[:, 0]
 
-    def _count_in(self, held: Mapping[str, Any], where: str, i: int) -> dict[str, Any]:
+    def _count_in(
+        self, held: Mapping[str, Any], where: str, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Return what the plan has of a parameter's steps, from what `state` has."""
         if "step" not in held:
             raise KeyError(f"{where} must have a 'step', got {list(held)!r}")
@@ -975,7 +989,7 @@ class _Optimizer(torch.optim.Optimizer):
         if isinstance(step, float) and step.is_integer():
             step = int(step)
         count = int(saved_number({"step": step}, "step", where))
-        return {"step": count, **self._powers(self._options(self._owners[i].group), count)}
+        return {"step": count, **self._powers(options, count)}
 
     def _powers(self, options: Mapping[str, Any], step: int) -> dict[str, float]:
         """Return the products of betas by which averages are corrected after so many steps."""
@@ -989,12 +1003,19 @@ class _Optimizer(torch.optim.Optimizer):
         betas = [(group.get("beta1"), group.get("beta2")) for group in plan.param_groups]
         if betas == self._betas_seen and np.array_equal(counts, self._counts_seen):
             return
-        for i, row in enumerate(counts):
-            self._count_in({"step": float(row[0])}, f"state[{i}]", i)
-        for i, row in enumerate(counts):
-            powers = self._powers(self._options(self._owners[i].group), int(row[0]))
-            row[1 : 1 + len(powers)] = [*powers.values()]
+        found = [
+            self._count_in({"step": float(row[0])}, f"state[{i}]", options)
+            for i, (row, options) in enumerate(
+                zip(counts, _of_each(plan.param_groups), strict=True))
+        ]
+        for row, numbers in zip(counts, found, strict=True):
+            row[: len(numbers)] = [*numbers.values()]
         self._betas_seen = betas
+
+    def _note_counts(self, plan: Optimizer) -> None:
+        """Remember the counts that a step has left, to see whether they are edited."""
+        if plan._count_array is not None:
+            self._counts_seen = plan._count_array.copy()
 
     def _publish(self, plan: Optimizer, started: list[int]) -> None:
         """Put into `state` what a first gradient has brought into use."""
